@@ -1,0 +1,46 @@
+# make setup | demo | test | check | coverage    (each of the others sets up first)
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+EXTRAS := cpu,train,s3,test
+OUT ?= demo-out
+
+.PHONY: setup demo test slow check coverage constraints clean
+
+setup: $(STAMP)
+
+# uv comes from pip into a small environment of its own and fills .venv under constraints.txt.
+$(STAMP): pyproject.toml constraints.txt Makefile
+	test -x .uv/bin/uv || { $(PYTHON) -m venv .uv && .uv/bin/python -m pip install --quiet --disable-pip-version-check uv; }
+	test -x $(BIN)/python || .uv/bin/uv venv --quiet --python $(PYTHON) $(VENV)
+	.uv/bin/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt --editable '.[$(EXTRAS)]'
+	mkdir -p .links/tarsift
+	for p in clip_detect operators pipelines sifters; do ln -sfn ../../$$p .links/tarsift/$$p; done
+	ln -sfn ../../tarsift/__init__.py .links/tarsift/__init__.py
+	touch $@
+
+demo: setup
+	$(BIN)/tarsift demo --out $(OUT)
+
+test: setup
+	$(BIN)/python -m pytest
+
+slow: setup
+	$(BIN)/python -m pytest -m slow
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	PYTHONPATH=.links $(BIN)/lint-imports
+
+coverage: setup
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
+
+# Resolve afresh and write down what was chosen: name==version of every package, no address.
+constraints:
+	.uv/bin/uv pip compile --quiet --no-annotate --no-header --no-emit-index-url --no-emit-find-links --python-version 3.11 --extra cpu --extra train --extra s3 --extra test pyproject.toml -o constraints.txt
+
+clean:
+	rm -rf $(VENV) .uv .links build *.egg-info

@@ -1,0 +1,1 @@
+"""Detection as mathematics: functions from arrays to arrays."""

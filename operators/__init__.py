@@ -1,0 +1,1 @@
+"""Operators: everything that touches a batch, usable alone, without Ray."""

@@ -1,0 +1,91 @@
+"""The exceptions tarsift raises and the reason codes a row can carry.
+
+::
+
+    TarsiftError                 exit code 1
+    ├── UsageError               exit code 2: wrong arguments, found before work starts
+    │   ├── ConfigError          a setting is unknown or out of range
+    │   └── ChangedError         inputs or settings differ from those of the run being continued
+    ├── ShardError               a shard cannot be read as the policy demands
+    ├── ConservationError        read != kept + removed + errored: a defect, never ignored
+    ├── ErrorRateError           exit code 3: complete, but more bad samples than allowed
+    └── Interrupted              exit code 75: run the same command again
+"""
+
+from __future__ import annotations
+
+EXIT_CODES = {"done": 0, "failed": 1, "usage": 2, "error_rate": 3, "findings": 4, "interrupted": 75}
+
+
+class TarsiftError(Exception):
+    """Base of all errors that tarsift raises on purpose; `exit_code` is what the command line returns."""
+
+    exit_code = EXIT_CODES["failed"]
+
+
+class UsageError(TarsiftError):
+    """Wrong arguments: one line that says what was wrong, the value seen and what to do."""
+
+    exit_code = EXIT_CODES["usage"]
+
+
+class ConfigError(UsageError):
+    """A setting is unknown or out of range."""
+
+
+class ChangedError(UsageError):
+    """Inputs or settings differ from those of the run that is being continued."""
+
+
+class ShardError(TarsiftError):
+    """A shard cannot be read and the policy does not allow to go on without it."""
+
+
+class ConservationError(TarsiftError):
+    """Samples read and samples written do not agree."""
+
+
+class ErrorRateError(TarsiftError):
+    """The run is complete, but the share of bad samples is over `max_error_rate`."""
+
+    exit_code = EXIT_CODES["error_rate"]
+
+
+class Interrupted(TarsiftError):
+    """The run was asked to stop; the same command goes on from here."""
+
+    exit_code = EXIT_CODES["interrupted"]
+
+
+# Reason codes of the column `error`. A row has at most one; a reason that leaves no usable
+# image replaces one that does.
+REASONS: dict[str, str] = {
+    "missing_image": "no member with an image extension",
+    "undecodable_image": "the image member is not a whole image of a supported format",
+    "image_too_large": "the image member has more bytes than `max_image_bytes`",
+    "too_many_pixels": "the image has more pixels than `max_pixels`",
+    "missing_caption": "no caption member or json field",
+    "caption_not_utf8": "the caption is not valid UTF-8; it is kept with replacement characters",
+    "caption_too_large": "the caption has more bytes than `max_caption_bytes`; it is cut",
+    "bad_json": "the json member is not a JSON object",
+    "duplicate_key": "an earlier sample of the shard has the same key",
+    "scattered_sample": "members of an earlier sample, too far behind it to be joined",
+    "unsupported_member": "a link, device or other member that is not a plain file",
+    "truncated_member": "the shard ends inside this sample",
+}
+
+# Reasons that leave the image usable: such a row is still embedded and scored.
+IMAGE_USABLE = frozenset({"missing_caption", "caption_not_utf8", "caption_too_large", "bad_json", "duplicate_key"})
+
+# What can be wrong with a whole shard; a shard with a problem is salvaged, quarantined or fails the run.
+SHARD_PROBLEMS: dict[str, str] = {
+    "truncated": "the file ends inside a member or a header",
+    "bad_header": "a header does not match its checksum or cannot be parsed; nothing after it is read",
+    "no_end_marker": "the two zero blocks that end an archive are missing",
+    "trailing_data": "bytes other than zero follow the end of the archive",
+    "gzip_damage": "the gzip stream is damaged or cut",
+    "unreadable": "the file cannot be opened or read",
+}
+
+# `error` of the one row (row = -1) by which a reader reports that a shard is finished.
+END_OF_SHARD = "end_of_shard"

@@ -1,0 +1,1 @@
+"""Sifters: functions from (images, labels) to a verdict per sample. None is built yet."""
