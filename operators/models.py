@@ -1,0 +1,313 @@
+"""CLIP models by name: building them, keeping them in files, and loading one to encode with.
+
+A model is always an `open_clip` one: a JSON config of stock towers (those shipped are in
+`MODEL_CONFIGS`), or any architecture that open_clip knows. Files are read without unpickling
+anything but tensors and plain types.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import open_clip
+import torch
+from open_clip.tokenizer import HFTokenizer
+from open_clip.transform import PreprocessCfg
+from timm.models import byobnet, register_model
+
+from tarsift.operators.checkpoints import (
+    Checkpoint,
+    find_state_dict,
+    load_checkpoint,
+    load_tensors,
+    load_weights,
+    read_bytes,
+    save_checkpoint,
+)
+from tarsift.operators.errors import UsageError
+
+__all__ = [
+    "MODEL_CONFIGS",
+    "PRECISIONS",
+    "Checkpoint",
+    "LoadedEncoder",
+    "build_model",
+    "load_checkpoint",
+    "load_encoder",
+    "model_config",
+    "save_checkpoint",
+    "weights_sha256",
+]
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_CONFIG_FOLDER = resources.files("tarsift.operators") / "model_configs"
+MODEL_CONFIGS: tuple[str, ...] = tuple(
+    sorted(f.name.removesuffix(".json") for f in _CONFIG_FOLDER.iterdir() if f.name.endswith(".json"))
+)
+
+
+@register_model
+def tarsift_conv4(pretrained: bool = False, **kwargs: Any) -> byobnet.ByobNet:
+    """Build timm's ByobNet as four halvings of a 32-pixel image, for the model `tiny`."""
+    widths = (32, 64, 128)
+    config = byobnet.ByoModelCfg(
+        blocks=tuple(byobnet.ByoBlockCfg(type="edge", d=1, c=c, s=2, gs=0, br=0.5) for c in widths),
+        stem_chs=16,
+        stem_pool="",
+        downsample="",
+    )
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
+    model = byobnet.ByobNet(config, **kwargs)
+    default_cfg: Any = {"input_size": (3, 32, 32), "pool_size": (2, 2), "first_conv": "stem.conv"}
+    model.default_cfg = default_cfg
+    return model
+
+
+@dataclass
+class LoadedEncoder:
+    """A CLIP model ready to encode, with everything needed to prepare its inputs.
+
+    `tokenizer` maps a list of captions to a LongTensor (n, context_length). `mean` and `std` are
+    per RGB channel, for pixels in 0 to 1. `weights_sha256` is the digest of the weights as they
+    were stored, whatever file they came in. `trained_on` maps the shards that the encoder was
+    trained on to their SHA-256, None where that is not known; so is `steps`.
+    """
+
+    model: torch.nn.Module
+    tokenizer: Callable[[list[str]], torch.Tensor]
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    resize_mode: str
+    context_length: int
+    embed_dim: int
+    name: str
+    weights_sha256: str
+    trained_on: dict[str, str] | None = None
+    steps: int | None = None
+
+
+def model_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON config of a model: a shipped name, a path to a JSON file, or an open_clip name.
+
+    Raises:
+        UsageError: if there is no such model or file, or the file is no model config.
+    """
+    if isinstance(config, Mapping):
+        return _checked_config(dict(config), "the config given")
+    name = str(config)
+    if name in MODEL_CONFIGS:
+        return json.loads((_CONFIG_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    if name.endswith(".json"):
+        try:
+            return _checked_config(json.loads(read_bytes(name).decode("utf-8")), name)
+        except ValueError as error:
+            raise UsageError(f"{name} is not a JSON file: {error}") from error
+    found = open_clip.get_model_config(name.replace("/", "-"))
+    if found is None:
+        raise UsageError(_unknown_model(name))
+    return found
+
+
+def build_model(config: str | Path | Mapping[str, Any], *, seed: int | None) -> torch.nn.Module:
+    """Build a model with random weights.
+
+    Args:
+        config: `tiny`, a path to a JSON config of stock towers, an open_clip name, or such a config.
+        seed: of every initial weight, those of the text tower included; the caller's random state
+            is left as it was. None draws from the caller's random state.
+
+    Raises:
+        UsageError: if there is no such model, or its config does not fit the towers.
+    """
+    settings = deepcopy(model_config(config))
+    settings.pop("preprocess_cfg", None)
+    settings["vision_cfg"]["timm_model_pretrained"] = False
+    if settings["text_cfg"].get("hf_model_name"):
+        settings["text_cfg"]["hf_model_pretrained"] = False
+    custom_text = settings.pop("custom_text", False) or "hf_model_name" in settings["text_cfg"]
+    kind = open_clip.CLIP if not custom_text else open_clip.CustomTextCLIP
+    if "multimodal_cfg" in settings:
+        kind = open_clip.CoCa
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        try:
+            return kind(**settings)
+        except (TypeError, RuntimeError, AssertionError, OSError) as error:
+            raise UsageError(f"the model config does not describe a model that can be built: {error}") from error
+
+
+def load_encoder(
+    spec: str, *, device: str | torch.device = "cpu", precision: str = "fp32", allow_random: bool = False
+) -> LoadedEncoder:
+    """Load a model to encode with.
+
+    Args:
+        spec: one of `enc.pt` (written by `pretrain`), `RN50:/models/cc3m.pt` (architecture and a file
+            of weights), `config.json:weights.pt`, `ViT-B-32:laion2b_s34b_b79k` (a tag of open_clip),
+            `hf-hub:org/name`, `local-dir:/folder`, or, with `allow_random`, the bare name of an
+            architecture. Files may be fsspec URLs.
+        device: where the weights go.
+        precision: `fp32`, `bf16` or `fp16`, of weights and arithmetic.
+        allow_random: accept an architecture without weights; what it says about samples means nothing.
+
+    Raises:
+        UsageError: if the model, the tag or the file does not exist, or they do not fit together.
+        TarsiftError: if the file is damaged or holds more than tensors.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
+    source, weights = _split_spec(spec)
+    if source in ("hf-hub", "local-dir"):
+        encoder = _published(spec, None)
+    elif weights is None and _is_architecture(source):
+        if not allow_random:
+            raise UsageError(
+                f"{spec!r} names an architecture without weights, and an untrained encoder sees nothing. "
+                f"Give weights, as in {spec}:FILE or {spec}:TAG, or train one with `tarsift pretrain`."
+            )
+        config = model_config(source)
+        encoder = _describe(build_model(config, seed=0), config, f"{spec} (random weights)", _tokenizer(config, source))
+    elif weights is None:
+        encoder = _from_checkpoint(load_checkpoint(_existing(spec)), spec)
+    elif weights in open_clip.list_pretrained_tags_by_model(source):
+        encoder = _published(source, weights)
+    else:
+        encoder = _from_weights(source, _existing(weights, architecture=source), spec)
+    encoder.model.to(device=device, dtype=PRECISIONS[precision]).eval().requires_grad_(False)
+    return encoder
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """Return the digest of a model's weights: names, types, shapes and bytes, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        value = value.detach().to("cpu").contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _from_checkpoint(checkpoint: Checkpoint, spec: str) -> LoadedEncoder:
+    model = build_model(checkpoint.config, seed=0)
+    load_weights(model, checkpoint.state_dict, spec)
+    encoder = _describe(model, checkpoint.config, spec, _tokenizer(checkpoint.config, ""))
+    encoder.trained_on, encoder.steps = checkpoint.shards, checkpoint.steps
+    return encoder
+
+
+def _from_weights(source: str, url: str, spec: str) -> LoadedEncoder:
+    config = model_config(source)
+    model = build_model(config, seed=0)
+    load_weights(model, find_state_dict(load_tensors(url), url), url)
+    return _describe(model, config, spec, _tokenizer(config, source))
+
+
+def _published(name: str, tag: str | None) -> LoadedEncoder:
+    """Let open_clip fetch (or find in its cache) and build a pretrained model."""
+    spec = name if tag is None else f"{name}:{tag}"
+    try:
+        model = open_clip.create_model(name, pretrained=tag, weights_only=True, require_pretrained=True)
+        tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:  # network, cache, config and format errors of three libraries
+        raise UsageError(f"open_clip cannot load {spec!r}: {error}") from error
+    used = open_clip.get_model_preprocess_cfg(model)
+    config = {"preprocess_cfg": {k: used[k] for k in ("mean", "std", "interpolation", "resize_mode") if k in used}}
+    return _describe(model, config, spec, tokenizer)
+
+
+def _describe(
+    model: Any, config: Mapping[str, Any], name: str, tokenizer: Callable[[list[str]], torch.Tensor]
+) -> LoadedEncoder:
+    size = model.visual.image_size
+    height, width = size if isinstance(size, tuple | list) else (size, size)
+    if height != width:
+        raise UsageError(f"{name} takes images of {height} x {width} pixels; only square ones are supported.")
+    with torch.inference_mode():
+        embed_dim = model.eval().encode_image(torch.zeros(1, 3, height, width)).shape[-1]
+    preprocess = PreprocessCfg(**config.get("preprocess_cfg", {}))
+    return LoadedEncoder(
+        model=model,
+        tokenizer=tokenizer,
+        image_size=height,
+        mean=_rgb(preprocess.mean),
+        std=_rgb(preprocess.std),
+        interpolation=preprocess.interpolation,
+        resize_mode=preprocess.resize_mode,
+        context_length=model.context_length,
+        embed_dim=embed_dim,
+        name=name,
+        weights_sha256=weights_sha256(model),
+    )
+
+
+def _rgb(values: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return float(red), float(green), float(blue)
+
+
+def _checked_config(config: dict[str, Any], where: str) -> dict[str, Any]:
+    if "model_cfg" in config:  # the form of open_clip_config.json on the Hub
+        config = {**config["model_cfg"], "preprocess_cfg": config.get("preprocess_cfg", {})}
+    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
+    if missing:
+        raise UsageError(f"{where} is no model config of open_clip: it lacks {', '.join(missing)}.")
+    return config
+
+
+def _split_spec(spec: str) -> tuple[str, str | None]:
+    """Split `ARCHITECTURE:WEIGHTS` at its first colon that does not belong to a URL."""
+    found = re.search(r":(?!//)", spec)
+    return (spec, None) if found is None else (spec[: found.start()], spec[found.end() :])
+
+
+def _is_architecture(name: str) -> bool:
+    return name in MODEL_CONFIGS or name.endswith(".json") or open_clip.get_model_config(name) is not None
+
+
+def _unknown_model(name: str) -> str:
+    close = difflib.get_close_matches(name, [*MODEL_CONFIGS, *open_clip.list_models()], n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(close)}?" if close else "See `open_clip.list_models()`."
+    return (
+        f"there is no model {name!r}: it is neither shipped ({', '.join(MODEL_CONFIGS)}) nor known to open_clip. {hint}"
+    )
+
+
+def _existing(url: str, *, architecture: str | None = None) -> str:
+    """Return `url` if it is a file, else say what else the spec could have meant."""
+    if architecture is not None and not _is_architecture(architecture):
+        raise UsageError(_unknown_model(architecture))
+    fs, path = fsspec.core.url_to_fs(url)
+    if fs.isfile(path):
+        return url
+    if architecture is not None:
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        known = f" (tags: {', '.join(tags)})" if tags else ""
+        raise UsageError(f"{url!r} is neither a file of weights nor a tag of {architecture}{known}.")
+    if "/" in url or "." in url:
+        raise UsageError(f"there is no encoder file {url!r}.")
+    raise UsageError(_unknown_model(url))
+
+
+def _tokenizer(config: Mapping[str, Any], name: str) -> Callable[[list[str]], torch.Tensor]:
+    """Return the tokenizer that a config asks for: open_clip's byte-pair encoding unless it names another."""
+    text = config["text_cfg"]
+    length = text.get("context_length", 77)
+    if "siglip" in name.lower():
+        return open_clip.get_tokenizer(name)
+    if text.get("hf_tokenizer_name"):
+        return HFTokenizer(text["hf_tokenizer_name"], context_length=length, **text.get("tokenizer_kwargs") or {})
+    return open_clip.SimpleTokenizer(context_length=length, **text.get("tokenizer_kwargs") or {})
