@@ -1,0 +1,71 @@
+"""Read back what a pass has committed: batches of stored rows, in row order, in bounded memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tarsift.operators import storage
+from tarsift.operators.errors import END_OF_SHARD
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Columns of one pass's files: `<folder>/<shard>.parquet`; None = all columns."""
+
+    folder: str
+    columns: tuple[str, ...] | None = None
+
+
+class ReadStored:
+    """Source: a shard's name -> tables of its stored rows, the columns of several passes side by side.
+
+    All passes keep the rows of a shard in the same order, so their files are zipped, not joined.
+
+    Args:
+        sources: what to read; a column that an earlier source has is taken from there.
+        batch_rows: rows of a table.
+        receipts: end with the row (row = -1) that says how many rows the shard has.
+    """
+
+    def __init__(self, sources: Sequence[Stored], *, batch_rows: int = 1024, receipts: bool = False):
+        self.sources = tuple(sources)
+        self.batch_rows = batch_rows
+        self.receipts = receipts
+
+    def __call__(self, shard: str) -> Iterator[pa.Table]:
+        rows = 0
+        empty: pa.Table | None = None
+        for batches in zip(*(self._batches(source, shard) for source in self.sources), strict=True):
+            table = batches[0]
+            for other in batches[1:]:
+                for name in other.column_names:
+                    if name not in table.column_names:
+                        table = table.append_column(other.schema.field(name), other[name])
+            rows += len(table)
+            empty = table.slice(0, 0) if empty is None else empty
+            yield table
+        if self.receipts:
+            schema = empty.schema if empty is not None else pa.schema([("shard", pa.string()), ("row", pa.int32())])
+            yield end_row(schema, shard, rows)
+
+    def _batches(self, source: Stored, shard: str) -> Iterator[pa.Table]:
+        with storage.open_read(storage.join(source.folder, f"{shard}.parquet")) as raw:
+            file = pq.ParquetFile(raw)
+            names = set(file.schema_arrow.names)
+            columns = None if source.columns is None else [name for name in source.columns if name in names]
+            for batch in file.iter_batches(batch_size=self.batch_rows, columns=columns):
+                yield pa.table(batch)
+
+
+def end_row(schema: pa.Schema, shard: str, rows: int) -> pa.Table:
+    """Make the row (row = -1) by which a source tells that a shard is finished and how many rows it has."""
+    for name, kind in (("shard", pa.string()), ("row", pa.int32()), ("key", pa.string()), ("error", pa.string())):
+        if name not in schema.names:
+            schema = schema.append(pa.field(name, kind))
+    values = {"shard": shard, "row": -1, "key": json.dumps({"rows": rows}), "error": END_OF_SHARD}
+    return pa.table([pa.array([values.get(f.name)], f.type) for f in schema], schema)

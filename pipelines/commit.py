@@ -1,0 +1,326 @@
+"""How the rows of a stream become one file per shard, each committed once.
+
+Ray re-batches: a batch mixes shards, and batches differ between runs. So the sink splits its batch
+by shard, writes each run of rows as a part and returns a receipt. When the receipts of a shard
+cover rows 0 to n-1, n told by the reader's end-of-shard row, a task merges exactly those parts in
+row order into the pass's file and the driver commits it. A part that no receipt names is garbage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from tarsift.operators import storage
+from tarsift.operators.errors import TarsiftError
+from tarsift.operators.schema import as_table
+from tarsift.operators.shards import Shard
+from tarsift.pipelines.ledger import Ledger
+from tarsift.pipelines.progress import Event, Listener, silent
+from tarsift.pipelines.session import TASK_OPTIONS
+
+RECEIPT_SCHEMA = pa.schema(
+    [("shard", pa.string()), ("first", pa.int32()), ("last", pa.int32()), ("part", pa.string()), ("end", pa.string())]
+)
+ROW_GROUP_ROWS = 4096
+MERGES_AT_ONCE = 4
+SINK_CPUS = 0.25  # a sink waits for storage more than it computes
+
+
+def write_parts(batch: pa.Table, *, folder: str, drop: Sequence[str] = ("image", "pixels")) -> pa.Table:
+    """Write a batch as one part per run of rows of a shard, and return their receipts (the sink).
+
+    Parts are Arrow streams, which cost a fraction of Parquet to write and are read back once. A part
+    lies at `<folder>/.parts/<shard>/<first>-<last>-<attempt>.arrow`.
+    """
+    table = as_table(batch)
+    table = table.drop_columns([name for name in drop if name in table.column_names])
+    receipts = []
+    for shard, first, last, rows in runs(table):
+        if first < 0:
+            receipts.append((shard, first, last, "", rows["key"][0].as_py()))
+            continue
+        part = storage.join(folder, ".parts", shard, f"{first:08d}-{last:08d}-{uuid.uuid4().hex[:8]}.arrow")
+        storage.put_bytes(part, ipc_bytes(rows))
+        receipts.append((shard, first, last, part, ""))
+    columns = list(zip(*receipts, strict=True)) if receipts else [[]] * len(RECEIPT_SCHEMA)
+    return pa.table([pa.array(list(c), f.type) for c, f in zip(columns, RECEIPT_SCHEMA, strict=True)], RECEIPT_SCHEMA)
+
+
+def runs(table: pa.Table) -> Iterator[tuple[str, int, int, pa.Table]]:
+    """Yield (shard, first row, last row, slice) for every run of consecutive rows of one shard."""
+    shards, rows = table["shard"].to_pylist(), table["row"].to_pylist()
+    start = 0
+    for i in range(1, len(rows) + 1):
+        if i == len(rows) or shards[i] != shards[start] or rows[i] != rows[i - 1] + 1 or rows[i - 1] < 0:
+            yield shards[start], rows[start], rows[i - 1], table.slice(start, i - start)
+            start = i
+
+
+def ipc_bytes(table: pa.Table) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+@dataclass
+class Coverage:
+    """Which rows of one shard have arrived, and the parts that hold them."""
+
+    parts: dict[int, tuple[int, str]] = field(default_factory=dict)  # first -> (last, part)
+    end: dict[str, Any] | None = None
+
+    def add(self, first: int, last: int, part: str, end: str) -> None:
+        if first < 0:
+            self.end = json.loads(end)
+        elif first not in self.parts or self.parts[first][0] < last:
+            self.parts[first] = (last, part)
+
+    def complete(self) -> list[str] | None:
+        """Return the parts that cover every row once, in order; None while rows are missing.
+
+        A part wholly inside what is covered already (a retried task's) is left out; the merge drops
+        rows that a part repeats.
+        """
+        if self.end is None:
+            return None
+        covered, chosen = -1, []
+        for first in sorted(self.parts):
+            last, part = self.parts[first]
+            if first > covered + 1:
+                return None
+            if last > covered:
+                chosen.append(part)
+                covered = last
+        return chosen if covered == self.end["rows"] - 1 else None
+
+
+def merge_parts(parts: Sequence[str], target: str, rows: int, metadata: dict[str, str]) -> dict[str, Any]:
+    """Merge parts in row order into one Parquet file; memory is bounded by a row group and a part.
+
+    Raises:
+        TarsiftError: if the parts do not hold rows 0 to `rows` - 1.
+    """
+    digest, size, next_row = hashlib.sha256(), 0, 0
+    errors: dict[str, int] = {}
+    buffer: list[pa.Table] = []
+    buffered = 0
+    with storage.open_write(target) as raw:
+        writer: pq.ParquetWriter | None = None
+        sink = _Digesting(raw, digest)
+        for table in _rows_of(parts):
+            at = table["row"].to_pylist()
+            table = table.slice(next_row - at[0])
+            if at[0] > next_row or not len(table):
+                raise TarsiftError(f"{target}: row {next_row} is missing from the parts; run the same command again.")
+            next_row = at[-1] + 1
+            for reason in table["error"].drop_null().to_pylist():
+                errors[reason] = errors.get(reason, 0) + 1
+            if writer is None:
+                writer = pq.ParquetWriter(sink, _with_metadata(table.schema, metadata), **parquet_options(table.schema))
+            buffer.append(table)
+            buffered += len(table)
+            while buffered >= ROW_GROUP_ROWS:
+                whole = pa.concat_tables(buffer)
+                writer.write_table(whole.slice(0, ROW_GROUP_ROWS), row_group_size=ROW_GROUP_ROWS)
+                buffer = [whole.slice(ROW_GROUP_ROWS)]
+                buffered -= ROW_GROUP_ROWS
+        if writer is None:  # a shard without a single sample
+            writer = pq.ParquetWriter(
+                sink, _with_metadata(pa.schema([("shard", pa.string()), ("row", pa.int32())]), metadata)
+            )
+        elif buffered:
+            writer.write_table(pa.concat_tables(buffer), row_group_size=ROW_GROUP_ROWS)
+        writer.close()
+        size = sink.size
+    if next_row != rows:
+        raise TarsiftError(f"{target}: {next_row} rows arrived of {rows}; run the same command again.")
+    return {"rows": rows, "errors": errors, "output_bytes": size, "output_sha256": digest.hexdigest()}
+
+
+class _Digesting:
+    """A binary file that hashes and counts what is written through it."""
+
+    closed = False
+
+    def __init__(self, raw, digest):
+        self._raw, self._digest, self.size = raw, digest, 0
+
+    def write(self, data) -> int:
+        data = memoryview(data)
+        self._digest.update(data)
+        self.size += data.nbytes
+        self._raw.write(data)
+        return data.nbytes
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def _rows_of(parts: Sequence[str]) -> Iterator[pa.Table]:
+    for part in parts:
+        yield pa.ipc.open_stream(storage.read_bytes(part)).read_all()
+
+
+def _with_metadata(schema: pa.Schema, metadata: dict[str, str]) -> pa.Schema:
+    return schema.with_metadata({f"tarsift.{name}": value for name, value in metadata.items()})
+
+
+def parquet_options(schema: pa.Schema) -> dict[str, Any]:
+    """How columns are encoded: embeddings as they are (they do not compress), the rest with zstd."""
+    embeddings = {f.name for f in schema if pa.types.is_fixed_size_list(f.type)}
+    plain = [f.name for f in schema if f.name not in embeddings]
+    compression = {f"{name}.list.element": "none" for name in embeddings} | dict.fromkeys(plain, "zstd")
+    strings = [f.name for f in schema if pa.types.is_string(f.type) and f.name in ("shard", "error", "home")]
+    return {"compression": compression, "use_dictionary": strings, "write_statistics": False}
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did now (`done`), and the records of all its shards."""
+
+    name: str
+    done: list[str]
+    entries: dict[str, dict[str, Any]]
+    elapsed_s: float
+
+    @property
+    def samples(self) -> int:
+        return sum(entry["rows"] for entry in self.entries.values())
+
+    def figures(self, fingerprint: str) -> dict[str, Any]:
+        """What `run.json` keeps of the pass."""
+        done = sum(self.entries[name]["rows"] for name in self.done)
+        return {
+            "fingerprint": fingerprint,
+            "shards": len(self.entries),
+            "samples": self.samples,
+            "samples_done_last": done,
+            "elapsed_s": round(self.elapsed_s, 3),
+        }
+
+
+def run_pass(
+    ledger: Ledger,
+    shards: Sequence[Shard],
+    stream: Callable[[list[Shard]], ray.data.Dataset],
+    *,
+    folder: str,
+    metadata: dict[str, str] | None = None,
+    wave_shards: int = 256,
+    progress: Listener = silent,
+    on_shard: Callable[[dict[str, Any]], None] | None = None,
+) -> PassResult:
+    """Run a pass over the shards it has not committed yet, wave by wave, and commit each.
+
+    Args:
+        ledger: where commits go; what it holds already is not done again.
+        shards: all shards of the run.
+        stream: from a wave of shards to a Dataset of rows that ends each shard with its
+            end-of-shard row; the sink is added here.
+        folder: folder of the pass below the result folder, `embeddings/detect`.
+        metadata: file metadata of the merged Parquet files.
+        wave_shards: shards handed to Ray at once.
+        progress: told after every commit.
+        on_shard: called with each new record, on the driver.
+
+    Raises:
+        TarsiftError: if the stream ends and a shard's rows are not all there.
+    """
+    start = time.monotonic()
+    entries = ledger.entries([s.name for s in shards])
+    todo = [s for s in shards if s.name not in entries]
+    done: list[str] = []
+    samples = 0
+    out_folder = storage.join(ledger.out, folder)
+
+    def committed(shard: str, entry: dict[str, Any]) -> None:
+        nonlocal samples
+        entries[shard] = ledger.commit(shard, entry)
+        done.append(shard)
+        samples += entry["rows"]
+        if on_shard:
+            on_shard(entries[shard])
+        progress(Event(ledger.name, len(entries), len(shards), samples))
+
+    for at in range(0, len(todo), wave_shards):
+        wave = todo[at : at + wave_shards]
+        _run_wave(wave, stream(wave), out_folder, metadata or {}, committed)
+    progress(
+        Event(ledger.name, len(entries), len(shards), samples, finished=True, note="" if done else "nothing to do")
+    )
+    return PassResult(ledger.name, done, entries, time.monotonic() - start)
+
+
+def _run_wave(
+    wave: list[Shard],
+    rows: ray.data.Dataset,
+    folder: str,
+    metadata: dict[str, str],
+    committed: Callable[[str, dict[str, Any]], None],
+) -> None:
+    sources = {shard.name: shard for shard in wave}
+    waiting = {name: Coverage() for name in sources}
+    merging: dict[ray.ObjectRef, str] = {}
+    merge = ray.remote(num_cpus=0, **TASK_OPTIONS)(_merge_and_tidy)
+
+    def collect(limit: int) -> None:
+        while len(merging) > limit:
+            finished, _ = ray.wait(list(merging), num_returns=1)
+            name = merging.pop(finished[0])
+            committed(name, ray.get(finished[0]))
+
+    receipts = rows.map_batches(
+        write_parts,
+        fn_kwargs={"folder": folder},
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=SINK_CPUS,
+        **TASK_OPTIONS,
+    )
+    for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for receipt in batch.to_pylist():
+            name = receipt["shard"]
+            if name not in waiting:
+                continue
+            waiting[name].add(receipt["first"], receipt["last"], receipt["part"], receipt["end"])
+            parts = waiting[name].complete()
+            if parts is None:
+                continue
+            end = waiting.pop(name).end or {}
+            target = storage.join(folder, f"{name}.parquet")
+            shard_metadata = {**metadata, "shard": name, "source_sha256": end.get("sha256") or ""}
+            merging[merge.remote(folder, name, parts, target, end, shard_metadata)] = name
+            collect(MERGES_AT_ONCE - 1)
+    collect(0)
+    if waiting:
+        name, coverage = next(iter(waiting.items()))
+        raise TarsiftError(
+            f"{len(waiting)} of {len(wave)} shards are incomplete, the first is {name} "
+            f"({len(coverage.parts)} parts, end {'seen' if coverage.end else 'not seen'}); run the same command again."
+        )
+
+
+def _merge_and_tidy(
+    folder: str, name: str, parts: list[str], target: str, end: dict[str, Any], metadata: dict[str, str]
+) -> dict[str, Any]:
+    entry = merge_parts(parts, target, end["rows"], metadata)
+    storage.remove(storage.join(folder, ".parts", name))
+    source = {key: end[key] for key in ("sha256", "bytes", "problems") if key in end}
+    return {**entry, "output": f"{name}.parquet", "source": source}

@@ -1,0 +1,145 @@
+"""Shards to embeddings: read, hash and decode on CPUs, encode in actors, commit shard by shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from tarsift.operators.encoder import ClipEncoder, EncoderConfig, EncoderInfo, encoder_info
+from tarsift.operators.images import DecodeImages, ImageConfig, hash_images
+from tarsift.operators.shards import ReadConfig, ReadShard, Shard, list_shards
+from tarsift.pipelines.commit import PassResult, run_pass
+from tarsift.pipelines.config import CleanConfig, ResourcesConfig
+from tarsift.pipelines.ledger import Ledger, fingerprint
+from tarsift.pipelines.progress import Listener, silent
+from tarsift.pipelines.session import ACTOR_OPTIONS, TASK_OPTIONS, session
+
+# Ray fuses a stage into the actors behind it when both ask for the same resources; reading and
+# decoding would then run on the GPU workers. Asking for a little less than the actors prevents it.
+READ_CPUS = 0.75
+
+
+def read_shards(
+    inputs: str | Sequence[str], *, config: ReadConfig | None = None, **ray_options: Any
+) -> ray.data.Dataset:
+    """Read WebDataset shards into a Dataset with one row per sample, the image as bytes.
+
+    Args:
+        inputs: paths, globs, brace patterns, folders or URLs of `.tar` and `.tar.gz` shards.
+        config: captions, limits, batch size.
+        ray_options: passed to `map_batches` (`num_cpus`, ...).
+
+    Returns:
+        A lazy Dataset with the columns of `tarsift.operators.schema.SAMPLE_SCHEMA`. A bad sample is
+        a row with a reason code in `error`; a damaged shard gives the rows before the damage.
+
+    Example:
+        >>> ds = read_shards("cc3m/{00000..00331}.tar")                                  # doctest: +SKIP
+        >>> ds = ds.map_batches(ClipEncoder, fn_constructor_kwargs={"encoder": "enc.pt"},
+        ...                     batch_size=256, compute=ray.data.ActorPoolStrategy(1))   # doctest: +SKIP
+    """
+    config = config or ReadConfig()
+    return shard_items(list_shards(inputs)).map_batches(
+        _read, fn_kwargs={"config": config}, batch_size=None, batch_format="pyarrow", **{**TASK_OPTIONS, **ray_options}
+    )
+
+
+def shard_items(shards: Sequence[Shard]) -> ray.data.Dataset:
+    """Make a Dataset of shards, one block each, so that every shard is one task."""
+    items = [{"name": s.name, "url": s.url, "size": s.size} for s in shards]
+    return ray.data.from_items(items, override_num_blocks=len(items))
+
+
+def shards_of(items: pa.Table) -> list[Shard]:
+    """Turn a block of `shard_items` back into shards."""
+    return [Shard(**item) for item in items.select(["name", "url", "size"]).to_pylist()]
+
+
+def _read(items: pa.Table, *, config: ReadConfig) -> Iterator[pa.Table]:
+    for shard in shards_of(items):
+        yield from ReadShard(config)(shard)
+
+
+def read_pictures(items: pa.Table, *, read: ReadConfig, images: ImageConfig, info: EncoderInfo) -> Iterator[pa.Table]:
+    """Read, hash and decode shards to pixels of the encoder's size; each ends with its end-of-shard row."""
+    decode = DecodeImages(
+        info.image_size, interpolation=info.interpolation, resize_mode=info.resize_mode, config=images
+    )
+    source = ReadShard(read, receipts=True)
+    for shard in shards_of(items):
+        for table in source(shard):
+            yield decode(hash_images(table))
+
+
+def encoder_actors(config: EncoderConfig, resources: ResourcesConfig) -> dict[str, Any]:
+    """Choose pool size and resources of the encoder actors from the cluster and the settings."""
+    cluster = ray.cluster_resources()
+    gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 1))
+    per_worker = resources.gpus_per_worker if resources.gpus_per_worker is not None else (1.0 if gpus else 0.0)
+    if resources.workers is not None:
+        workers = resources.workers
+    elif per_worker:
+        workers = max(1, int(gpus / per_worker))
+    else:
+        workers = max(1, cpus // 2)  # the other half reads and decodes
+    options: dict[str, Any] = {"compute": ray.data.ActorPoolStrategy(size=workers), **ACTOR_OPTIONS}
+    if per_worker:
+        options["num_gpus"] = per_worker
+    else:
+        options["num_cpus"] = min(resources.cpus_per_worker, max(0.5, cpus / 2))
+    return options
+
+
+def embed_fingerprint(config: CleanConfig, role: str, info: EncoderInfo) -> str:
+    """Digest of all that an embedding depends on, the weights included."""
+    settings = config.result_settings()
+    return fingerprint("embed", settings["read"], settings["images"], settings["encoders"][role], info.weights_sha256)
+
+
+def embed_pass(
+    shards: Sequence[Shard], out: str, config: CleanConfig, role: str = "detect", *, progress: Listener = silent
+) -> tuple[PassResult, Ledger, EncoderInfo]:
+    """Embed all shards that are not committed yet under `out`/embeddings/`role`."""
+    encoder = config.encoders[role]
+    info = encoder_info(encoder.spec)
+    ledger = Ledger(out, f"embed.{role}", embed_fingerprint(config, role, info))
+    resources = config.resources
+
+    def stream(wave: list[Shard]) -> ray.data.Dataset:
+        pictures = shard_items(wave).map_batches(
+            read_pictures,
+            fn_kwargs={"read": config.read, "images": config.images, "info": info},
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=READ_CPUS,
+            **TASK_OPTIONS,
+        )
+        return pictures.map_batches(
+            ClipEncoder,
+            fn_constructor_kwargs={"encoder": encoder},
+            batch_size=resources.batch_size,
+            batch_format="pyarrow",
+            **encoder_actors(encoder, resources),
+        )
+
+    result = run_pass(
+        ledger,
+        shards,
+        stream,
+        folder=f"embeddings/{role}",
+        metadata={"encoder": info.name, "weights_sha256": info.weights_sha256},
+        wave_shards=resources.wave_shards,
+        progress=progress,
+    )
+    return result, ledger, info
+
+
+def embed(
+    inputs: str | Sequence[str], out: str, *, config: CleanConfig, role: str = "detect", progress: Listener = silent
+) -> PassResult:
+    """Embed shards into `out`/embeddings/`role`, one Parquet file per shard; continue where a run stopped."""
+    with session():
+        return embed_pass(list_shards(inputs), out, config, role, progress=progress)[0]

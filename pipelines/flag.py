@@ -1,0 +1,149 @@
+"""Scores to verdicts: find the cutoff over the whole dump, then flag shard by shard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from tarsift.clip_detect.threshold import TopFraction
+from tarsift.operators import storage
+from tarsift.operators.errors import END_OF_SHARD, ConfigError, ShardError
+from tarsift.operators.flag import Flag, FlagConfig
+from tarsift.operators.folds import CountNear, SelectTop, row_hashes
+from tarsift.operators.shards import Shard
+from tarsift.operators.stored import ReadStored, Stored
+from tarsift.pipelines.commit import PassResult, run_pass
+from tarsift.pipelines.embed import shard_items, shards_of
+from tarsift.pipelines.folding import run_fold
+from tarsift.pipelines.ledger import Ledger
+from tarsift.pipelines.progress import Listener, silent
+from tarsift.pipelines.session import TASK_OPTIONS
+
+TIE_KEY = b"tarsift.flag"  # ties are broken by identity; nothing is gained by foreseeing it
+FLAG_FILE_COLUMNS = ("shard", "row", "uid", "flagged", "reasons", "home", "error")
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The cutoff that a policy comes to on this dump.
+
+    Attributes:
+        cutoff: lowest flagged score; +inf if nothing is flagged.
+        tie_hash: of the samples exactly at the cutoff, those with at least this tie hash are flagged; None = all.
+        ties_within_one_ulp: judged samples whose score is within one unit in the last place of the cutoff.
+        judged: samples that the policy looked at.
+    """
+
+    policy: str
+    score: str
+    value: float
+    cutoff: float
+    tie_hash: int | None
+    ties_within_one_ulp: int
+    judged: int
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON has no infinity: a cutoff that flags nothing is null."""
+        return {**asdict(self), "cutoff": self.cutoff if np.isfinite(self.cutoff) else None}
+
+
+def find_threshold(
+    out: str, shards: Sequence[str], config: FlagConfig, *, location: float, scale: float, quarantined: frozenset[str]
+) -> Threshold:
+    """Find the cutoff of a policy; by fraction exactly, with memory that does not grow with the dump.
+
+    Args:
+        location, scale: median and scaled MAD of the score in the reference, for the policy `z`.
+    """
+    folder = storage.join(out, "scores")
+    # By fraction: the rounds of an exact radix selection. By score or z the cutoff is given, and
+    # the same selection only counts; a fraction of 0 counts too.
+    if config.policy != "fraction":
+        cutoff = config.value if config.policy == "score" else location + config.value * scale
+        counted = run_fold(CountNear(config, cutoff, quarantined), shards, [folder])
+        return Threshold(config.policy, config.score, config.value, float(np.float32(cutoff)), None, *counted)
+    selection = TopFraction(config.value)
+    while not selection.finished:
+        selection = run_fold(SelectTop(selection, config, key=TIE_KEY, quarantined=quarantined), shards, [folder])
+    cut = selection.cutoff()
+    near, total = run_fold(CountNear(config, cut.score, quarantined), shards, [folder])
+    return Threshold("fraction", config.score, config.value, float(cut.score), int(cut.hash), near, total)
+
+
+def quarantined_shards(embedded: Mapping[str, Mapping[str, Any]], config: FlagConfig) -> frozenset[str]:
+    """Choose the shards that the policy puts aside whole.
+
+    Raises:
+        ShardError: if a shard is damaged and the policy is `fail`.
+    """
+    damaged = {name: entry["source"]["problems"] for name, entry in embedded.items() if entry["source"].get("problems")}
+    if damaged and config.on_bad_shard == "fail":
+        name, problems = next(iter(sorted(damaged.items())))
+        raise ShardError(
+            f"{len(damaged)} damaged shards, the first is {name}: {problems[0]['problem']} at byte {problems[0]['offset']}. "
+            "Repair them, or choose --on-bad-shard salvage or quarantine."
+        )
+    return frozenset(damaged) if config.on_bad_shard == "quarantine" else frozenset()
+
+
+def flag_rows(items: pa.Table, *, folder: str, flag: Flag):
+    """Read a shard's scores, flag them and yield the columns of a flags file, then the end-of-shard row."""
+    columns = ("shard", "row", "uid", "error", flag.config.score)
+    source = ReadStored([Stored(folder, columns)], batch_rows=8192, receipts=True)
+    for shard in shards_of(items):
+        for table in source(shard.name):
+            if table["error"][0].as_py() == END_OF_SHARD:
+                yield table
+            else:
+                yield flag(table, row_hashes(table, TIE_KEY)).select(FLAG_FILE_COLUMNS)
+
+
+def flag_pass(
+    shards: Sequence[Shard],
+    out: str,
+    config: FlagConfig,
+    fingerprint: str,
+    *,
+    threshold: Threshold,
+    quarantined: frozenset[str],
+    wave_shards: int,
+    progress: Listener = silent,
+) -> tuple[PassResult, Ledger]:
+    """Write `out`/flags/<shard>.parquet for all shards."""
+    ledger = Ledger(out, "flag", fingerprint)
+    flag = Flag(config, cutoff=threshold.cutoff, tie_hash=threshold.tie_hash, quarantined=quarantined)
+
+    def stream(wave: list[Shard]) -> ray.data.Dataset:
+        return shard_items(wave).map_batches(
+            flag_rows,
+            fn_kwargs={"folder": storage.join(out, "scores"), "flag": flag},
+            batch_size=None,
+            batch_format="pyarrow",
+            **TASK_OPTIONS,
+        )
+
+    metadata = {
+        "policy": config.policy,
+        "value": str(config.value),
+        "score": config.score,
+        "cutoff": repr(threshold.cutoff),
+    }
+    result = run_pass(
+        ledger, shards, stream, folder="flags", metadata=metadata, wave_shards=wave_shards, progress=progress
+    )
+    return result, ledger
+
+
+def check_score_exists(score: str, available: Sequence[str]) -> None:
+    """Refuse a score column that the score files do not have.
+
+    Raises:
+        ConfigError: naming those that are there.
+    """
+    if score not in available:
+        raise ConfigError(f"there is no score {score!r}; the score files have: {', '.join(available)}.")

@@ -1,0 +1,127 @@
+"""What is committed: one small JSON per pass and shard, and `run.json` for the whole run.
+
+Putting `ledger/<pass>/<shard>.json` is the commit of a pass for a shard. Everything else in the
+result folder is garbage until such an entry names it. Nothing is ever renamed, so that a local
+disk and an object store behave alike; an entry cut short by a crash is no JSON and so no entry.
+
+An entry counts only under the *fingerprint* it was made with: a digest of the settings of its
+pass and of all passes before it. Settings that change nothing in the result (workers, batch
+sizes) are left out of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import posixpath
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from tarsift.operators import storage
+from tarsift.operators.errors import UsageError
+
+_READERS = 16
+
+
+def fingerprint(*parts: Any) -> str:
+    """Digest JSON-able parts to 16 hex digits; equal parts, equal digest."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The commit records of one pass under one fingerprint."""
+
+    out: str
+    name: str
+    fingerprint: str
+
+    @property
+    def folder(self) -> str:
+        return storage.join(self.out, "ledger", self.name)
+
+    def commit(self, shard: str, entry: dict[str, Any]) -> dict[str, Any]:
+        """Put the record that makes this pass's work on `shard` count."""
+        record = {"pass": self.name, "shard": shard, "fingerprint": self.fingerprint, **entry}
+        storage.put_bytes(storage.join(self.folder, f"{shard}.json"), json.dumps(record, indent=1).encode())
+        return record
+
+    def entries(self, shards: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
+        """Read the records that count, by shard; those of other fingerprints are passed over."""
+        urls = storage.list_files(self.folder, ".json")
+        wanted = None if shards is None else set(shards)
+        with ThreadPoolExecutor(_READERS) as pool:
+            records = pool.map(_read_record, urls)
+        return {
+            record["shard"]: record
+            for record in records
+            if record
+            and record.get("fingerprint") == self.fingerprint
+            and (wanted is None or record["shard"] in wanted)
+        }
+
+
+def _read_record(url: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(storage.read_bytes(url))
+    except (ValueError, FileNotFoundError):
+        return None
+    return record if isinstance(record, dict) and "shard" in record else None
+
+
+@dataclass
+class RunFile:
+    """`run.json`: what was asked, of what, with which result so far; written whole after every pass."""
+
+    out: str
+    content: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, out: str) -> RunFile | None:
+        """Read OUT/run.json; None where there is none (or only a cut-off one)."""
+        try:
+            content = json.loads(storage.read_bytes(storage.join(out, "run.json")))
+        except (ValueError, FileNotFoundError):
+            return None
+        return cls(out, content)
+
+    @classmethod
+    def load_or_refuse(cls, out: str) -> RunFile:
+        """Read OUT/run.json.
+
+        Raises:
+            UsageError: if OUT is no result folder.
+        """
+        run = cls.load(out)
+        if run is None:
+            raise UsageError(
+                f"{out} holds no run.json: run `tarsift clean` or `tarsift embed` with `--out {out}` first."
+            )
+        return run
+
+    def save(self) -> None:
+        storage.put_bytes(storage.join(self.out, "run.json"), json.dumps(self.content, indent=1).encode())
+
+    def record_pass(self, name: str, figures: dict[str, Any]) -> None:
+        """Keep the figures of a pass; what a resumed pass did not do again keeps its earlier time."""
+        passes = self.content.setdefault("passes", {})
+        before = passes.get(name)
+        if before and before.get("fingerprint") == figures.get("fingerprint"):
+            figures = {**figures, "elapsed_s": round(before.get("elapsed_s", 0) + figures.get("elapsed_s", 0), 3)}
+        if figures.get("elapsed_s") and figures.get("samples"):
+            figures["samples_per_s"] = round(figures["samples"] / figures["elapsed_s"], 1)
+        passes[name] = figures
+        self.save()
+
+
+def shard_file(out: str, folder: str, shard: str, suffix: str) -> str:
+    """Path of a shard's file in a pass's folder."""
+    return storage.join(out, folder, f"{shard}{suffix}")
+
+
+def basename(url: str) -> str:
+    """Last part of a path or URL."""
+    return posixpath.basename(url.rstrip("/"))

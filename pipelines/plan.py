@@ -1,0 +1,118 @@
+"""What a run will do, before it does it: shards, passes, resources and what it can and cannot see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from tarsift.operators.encoder import encoder_info, encoder_regime
+from tarsift.pipelines.clean import ROLE, open_run
+from tarsift.pipelines.config import CleanConfig
+from tarsift.pipelines.embed import embed_fingerprint
+from tarsift.pipelines.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a run.
+
+    Attributes:
+        samples: of the shards that are embedded already; None while none is.
+        passes: (name, what it does, shards done, shards in total).
+        coverage: which poisoning rates the rule can see, as a sentence.
+        regime: what is known of encoder and dump, as a sentence.
+    """
+
+    out: str
+    shards: int
+    bytes: int
+    samples: int | None
+    passes: list[tuple[str, str, int, int]]
+    encoder: str
+    regime: str
+    blind_to: str
+    coverage: str
+    resources: dict[str, Any]
+    config: dict[str, Any] = field(repr=False)
+
+    @property
+    def headline(self) -> str:
+        done = self.passes[0][2]
+        so_far = f", {done} of them embedded already" if done else ""
+        return f"{self.shards} shards, {size(self.bytes)}{so_far} -> {self.out}"
+
+
+def size(n: int) -> str:
+    """Write a number of bytes for people."""
+    value = float(n)
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            return f"{value:.0f} {unit}" if unit in ("B", "KB") else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{n} B"
+
+
+def make_plan(inputs: str | Sequence[str], out: str, config: CleanConfig) -> Plan:
+    """Plan a run without starting Ray; refuses what the run itself would refuse.
+
+    Raises:
+        UsageError, ChangedError: as `clean` would, before any work.
+    """
+    run = open_run(inputs, out, config, save=False)
+    info = encoder_info(config.encoders[ROLE].spec)
+    names = [shard.name for shard in run.shards]
+    embedded = Ledger(out, f"embed.{ROLE}", embed_fingerprint(config, ROLE, info)).entries(names)
+    passes = [(f"embed.{ROLE}", "read, hash, decode and encode", len(embedded), len(names))]
+    for name, what in PASSES:
+        recorded = run.content.get("passes", {}).get(name, {}).get("fingerprint")
+        done = len(Ledger(out, name, recorded).entries(names)) if recorded else 0
+        passes.append((name, what, done, len(names)))
+    samples = sum(entry["rows"] for entry in embedded.values())
+    complete = len(embedded) == len(names)
+    digests = {name: entry["source"]["sha256"] for name, entry in embedded.items()} if complete else None
+    regime = encoder_regime(info, digests)
+    candidates = min(config.reference.candidates, samples) if complete and samples else config.reference.candidates
+    return Plan(
+        out=out,
+        shards=len(names),
+        bytes=sum(shard.size for shard in run.shards),
+        samples=samples if embedded else None,
+        passes=passes,
+        encoder=f"{info.name} ({info.image_size} px, {info.embed_dim}-d, weights {info.weights_sha256[:12]})",
+        regime=regime.sentence,
+        blind_to=regime.blind_to,
+        coverage=config.suspicion.coverage(candidates).sentence,
+        resources=config.resources.model_dump(mode="json", exclude_none=True),
+        config=config.model_dump(mode="json"),
+    )
+
+
+PASSES = (
+    ("density", "score every sample against the reference"),
+    ("score", "smooth over neighbours"),
+    ("flag", "find the cutoff and flag"),
+    ("write", "copy every member to clean/, removed/ or errored/"),
+)
+
+
+def render_plan(plan: Plan, console: Console) -> None:
+    """Print a plan for people."""
+    console.print(f"[bold]{plan.headline}[/bold]", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for title in ("pass", "what", "shards done"):
+        table.add_column(title)
+    for name, what, done, total in plan.passes:
+        table.add_row(name, what, f"{done}/{total}")
+    console.print(table, highlight=False)
+    known = "not known before they are read" if plan.samples is None else f"{plan.samples:,} so far"
+    console.print(f"samples    {known}", highlight=False)
+    console.print(f"encoder    {plan.encoder}", highlight=False)
+    console.print(f"           {plan.regime} {plan.blind_to}", highlight=False)
+    console.print(f"coverage   {plan.coverage}", highlight=False)
+    console.print("settings", highlight=False)
+    console.print(yaml.safe_dump(plan.config, sort_keys=False), highlight=False, markup=False)

@@ -1,0 +1,136 @@
+"""Verdicts to shards: every member goes, byte for byte, to clean/, removed/ or errored/."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+
+from tarsift.operators import storage
+from tarsift.operators.errors import ConservationError
+from tarsift.operators.flag import HOMES
+from tarsift.operators.folds import Count
+from tarsift.operators.shards import Shard
+from tarsift.operators.stored import ReadStored, Stored
+from tarsift.operators.writer import split_shard
+from tarsift.pipelines.commit import PassResult
+from tarsift.pipelines.folding import run_fold
+from tarsift.pipelines.ledger import Ledger
+from tarsift.pipelines.progress import Event, Listener, silent
+from tarsift.pipelines.session import TASK_OPTIONS
+
+KEEP_SCHEMA = pa.schema([("shard", pa.string()), ("row", pa.int32()), ("uid", pa.string())])
+
+
+def write_shard(shard: Shard, out: str, sha256: str) -> dict[str, Any]:
+    """Split one shard by its flags and return its ledger record.
+
+    Raises:
+        ChangedError: if the shard is not the one that was embedded.
+        ConservationError: if a sample has no home or two.
+    """
+    source = ReadStored([Stored(storage.join(out, "flags"), ("row", "home"))], batch_rows=8192)
+    homes: list[str] = []
+    for table in source(shard.name):
+        homes.extend(table["home"].to_pylist())
+    outputs = {home: storage.join(out, home, f"{shard.name}.tar") for home in HOMES}
+    result = split_shard(shard, homes, outputs, expect_sha256=sha256)
+    samples = {home: result.homes[home].samples for home in HOMES}
+    wanted = {home: homes.count(home) for home in HOMES}
+    if samples != wanted:
+        raise ConservationError(
+            f"{shard.name}: flags give {wanted}, the shard gave {samples}; report this as a defect."
+        )
+    return {
+        "rows": len(homes),
+        "sha256": result.source_sha256,
+        "stray_members": result.stray_members,
+        "tail_bytes": result.tail_bytes,
+        "homes": {
+            home: {"samples": h.samples, "members": h.members, "bytes": h.bytes, "sha256": h.sha256}
+            for home, h in result.homes.items()
+        },
+    }
+
+
+def write_pass(
+    shards: Sequence[Shard],
+    out: str,
+    embedded: Mapping[str, Mapping[str, Any]],
+    fingerprint: str,
+    *,
+    progress: Listener = silent,
+) -> tuple[PassResult, Ledger]:
+    """Split all shards that are not committed yet; one task per shard, a few per CPU at once."""
+    start = time.monotonic()
+    ledger = Ledger(out, "write", fingerprint)
+    entries = ledger.entries([s.name for s in shards])
+    todo = [s for s in shards if s.name not in entries]
+    done: list[str] = []
+    task = ray.remote(num_cpus=1, **TASK_OPTIONS)(write_shard)
+    limit = max(2, int(ray.cluster_resources().get("CPU", 1)) * 2)
+    running: dict[ray.ObjectRef, str] = {}
+    queue = list(todo)
+    samples = 0
+    while queue or running:
+        while queue and len(running) < limit:
+            shard = queue.pop(0)
+            running[task.remote(shard, out, embedded[shard.name]["source"]["sha256"])] = shard.name
+        finished, _ = ray.wait(list(running), num_returns=1)
+        name = running.pop(finished[0])
+        entries[name] = ledger.commit(name, ray.get(finished[0]))
+        done.append(name)
+        samples += entries[name]["rows"]
+        progress(Event("write", len(entries), len(shards), samples))
+    progress(Event("write", len(entries), len(shards), samples, finished=True, note="" if done else "nothing to do"))
+    return PassResult("write", done, entries, time.monotonic() - start), ledger
+
+
+def write_lists(shards: Sequence[str], out: str) -> int:
+    """Write `keep.parquet`: (shard, row, uid) of every sample whose home is clean/; returns their number."""
+    source = ReadStored([Stored(storage.join(out, "flags"), ("shard", "row", "uid", "home"))], batch_rows=8192)
+    kept = 0
+    with storage.open_write(storage.join(out, "keep.parquet")) as sink:
+        writer = pq.ParquetWriter(sink, KEEP_SCHEMA, compression="zstd")
+        for shard in sorted(shards):
+            for table in source(shard):
+                if "home" not in table.column_names:
+                    continue
+                clean = table.filter(pc.equal(table["home"], "clean")).select(KEEP_SCHEMA.names)
+                kept += len(clean)
+                writer.write_table(clean.cast(KEEP_SCHEMA))
+        writer.close()
+    return kept
+
+
+def count_homes(shards: Sequence[str], out: str, embedded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Count read = kept + removed + errored over all flags.
+
+    Raises:
+        ConservationError: if they do not agree.
+    """
+    homes = run_fold(Count("home"), shards, [storage.join(out, "flags")])
+    errors: dict[str, int] = {}
+    for entry in embedded.values():
+        for reason, n in entry["errors"].items():
+            errors[reason] = errors.get(reason, 0) + n
+    counts = {
+        "read": sum(entry["rows"] for entry in embedded.values()),
+        "kept": homes.get("clean", 0),
+        "removed": homes.get("removed", 0),
+        "errored": homes.get("errored", 0),
+        "errors": dict(sorted(errors.items())),
+        "shard_problems": {
+            n: e["source"]["problems"] for n, e in sorted(embedded.items()) if e["source"].get("problems")
+        },
+    }
+    if counts["read"] != counts["kept"] + counts["removed"] + counts["errored"]:
+        raise ConservationError(
+            f"read {counts['read']} != kept + removed + errored in {counts}; report this as a defect."
+        )
+    return counts
