@@ -1,0 +1,199 @@
+"""Find the shards that a user names: files, globs, brace patterns, folders, URLs, in any mixture."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import fsspec
+from braceexpand import braceexpand
+
+from tarsift.operators import storage
+from tarsift.operators.errors import UsageError
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz")
+MAX_EXPANSION = 1_000_000
+
+_MAGIC = re.compile(r"[*?\[]")
+_LOOKED_FOR = "files ending in " + ", ".join(SUFFIXES[:-1]) + f" or {SUFFIXES[-1]}"
+_QUOTE = "If the shell expanded a brace pattern or a glob, put it in quotes: tarsift expands it itself."
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard: `name` is its identity in a run, `size` its bytes in storage (0 where a server does not tell)."""
+
+    name: str
+    url: str
+    size: int
+
+
+@dataclass(frozen=True)
+class _Found:
+    fs: fsspec.AbstractFileSystem
+    path: str
+    size: int
+    base: str  # the folder that its input names
+    given: str
+
+
+def list_shards(inputs: str | Sequence[str], *, root: str | None = None) -> list[Shard]:
+    """Return the shards that `inputs` name, sorted by name.
+
+    A folder stands for all shards below it. A shard's name is its path below the folder that all inputs
+    have in common, or below `root`, without `.tar`, `.tar.gz` or `.tgz`.
+
+    Raises:
+        UsageError: if an input names nothing or something that is no shard, if two shards have one name, or
+            if one lies outside `root`.
+    """
+    given = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
+    if not given:
+        raise UsageError(f"no input is given; name shards ({_LOOKED_FOR}), folders or patterns")
+    found: list[_Found] = []
+    explicit: list[tuple[fsspec.AbstractFileSystem, str, str]] = []
+    for text in map(os.fspath, given):
+        for url in _expand_braces(text):
+            fs, path = storage.filesystem(url)
+            if _is_shard(path):
+                explicit.append((fs, path, text))
+            elif _MAGIC.search(path) and not fs.exists(path):
+                found += _glob(fs, path, text)
+            else:
+                found += _folder(fs, path, text)
+    found += _files(explicit, many=len(given) > 1)
+    stores = {type(item.fs): item.given for item in found}
+    if len(stores) > 1:
+        raise UsageError(
+            f"the inputs lie in different stores: {' and '.join(map(repr, stores.values()))}; run them apart"
+        )
+    return _name(found, root)
+
+
+def _is_shard(path: str) -> bool:
+    return path.lower().endswith(SUFFIXES) and not _MAGIC.search(path)
+
+
+def _expand_braces(text: str) -> list[str]:
+    if text.startswith("pipe:"):
+        raise UsageError(f"{text!r}: pipes are not run; give the path or URL that the command reads")
+    if "{" not in text or (storage.is_local(text) and os.path.exists(text)):
+        return [text]
+    try:
+        urls = list(islice(braceexpand(text, escape=False), MAX_EXPANSION + 1))
+    except ValueError as error:
+        raise UsageError(f"{text!r}: braces are not balanced; write for instance {{00000..00331}}") from error
+    if len(urls) > MAX_EXPANSION:
+        raise UsageError(f"{text!r} stands for over {MAX_EXPANSION} paths; give a narrower range or a folder")
+    return urls
+
+
+def _glob(fs: fsspec.AbstractFileSystem, path: str, given: str) -> list[_Found]:
+    match = _MAGIC.search(path)
+    base = path[: match.start() if match else None].rpartition("/")[0]
+    fs.invalidate_cache()
+    infos: dict[str, dict[str, Any]] = fs.glob(path, detail=True)  # type: ignore[assignment]
+    found = []
+    for name, info in infos.items():
+        if info.get("type") == "directory":
+            found += [_Found(fs, file, size, base, given) for file, size in storage.find(fs, name, SUFFIXES).items()]
+        elif _is_shard(name) or name.lower().endswith(SUFFIXES):
+            found.append(_Found(fs, name, int(info.get("size") or 0), base, given))
+    found = [item for item in found if not _is_hidden(item.path)]
+    if not found:
+        raise UsageError(f"no shard matches {given!r}; looked for {_LOOKED_FOR}")
+    return found
+
+
+def _folder(fs: fsspec.AbstractFileSystem, path: str, given: str) -> list[_Found]:
+    found = [_Found(fs, file, size, path, given) for file, size in storage.find(fs, path, SUFFIXES).items()]
+    found = [item for item in found if not _is_hidden(item.path)]
+    if found:
+        return found
+    if fs.isfile(path):
+        raise UsageError(f"{given!r} is no shard; looked for {_LOOKED_FOR}. {_QUOTE}")
+    if fs.isdir(path):
+        raise UsageError(f"no shard lies in the folder {given!r}; looked for {_LOOKED_FOR} at any depth")
+    raise UsageError(f"{given!r} does not exist; looked for a folder or for {_LOOKED_FOR}. {_QUOTE}")
+
+
+def _is_hidden(path: str) -> bool:
+    return path.rpartition("/")[2].startswith(".")
+
+
+def _files(explicit: list[tuple[fsspec.AbstractFileSystem, str, str]], *, many: bool) -> list[_Found]:
+    """Return files that are named one by one; a folder whose name ends like a shard's counts as a folder."""
+    siblings: dict[str, int] = defaultdict(int)
+    for _, path, _ in explicit:
+        siblings[path.rpartition("/")[0]] += 1
+    listings: dict[str, dict[str, dict[str, Any]]] = {}
+    found, missing = [], []
+    for fs, path, given in explicit:
+        parent = path.rpartition("/")[0]
+        try:
+            if "file" not in fs.protocol and siblings[parent] > 16:  # one listing in place of a request for each
+                if parent not in listings:
+                    fs.invalidate_cache()
+                    listings[parent] = {info["name"]: info for info in fs.ls(parent, detail=True)}
+                info = listings[parent].get(path) or fs.info(path)
+            else:
+                info = fs.info(path)
+        except FileNotFoundError:
+            missing.append(path)
+            continue
+        if info["type"] == "directory":
+            found += _folder(fs, path, given)
+        else:
+            found.append(_Found(fs, path, int(info.get("size") or 0), parent, given))
+    if missing:
+        shown = ", ".join(repr(path) for path in missing[:5]) + (", ..." if len(missing) > 5 else "")
+        hint = f" {_QUOTE}" if many else ""
+        raise UsageError(f"{len(missing)} of {len(explicit)} shards do not exist: {shown}.{hint}")
+    return found
+
+
+def _name(found: list[_Found], root: str | None) -> list[Shard]:
+    fs = found[0].fs
+    if root is None:
+        common = _common_folder(sorted({item.base for item in found}))
+    else:
+        common = storage.filesystem(root)[1].rstrip("/").split("/")
+    named: dict[str, _Found] = {}
+    shards = []
+    for item in found:
+        parts = item.path.split("/")
+        if parts[: len(common)] != common:
+            raise UsageError(f"{item.path!r} lies outside the root {root!r}, below which shards are named")
+        name = storage.check_name(_without_suffix("/".join(parts[len(common) :])))
+        other = named.setdefault(name, item)
+        if other is not item:
+            if other.path == item.path:
+                raise UsageError(
+                    f"{item.path!r} is given twice, by {other.given!r} and by {item.given!r}; give it once"
+                )
+            raise UsageError(f"two shards have the name {name!r}: {other.path!r} and {item.path!r}; leave one out")
+        url = item.path if "file" in fs.protocol else fs.unstrip_protocol(item.path)
+        shards.append(Shard(name, url, item.size))
+    return sorted(shards, key=lambda shard: shard.name)
+
+
+def _common_folder(folders: list[str]) -> list[str]:
+    first, *others = [folder.rstrip("/").split("/") for folder in folders]
+    for parts in others:
+        shared = 0
+        while shared < min(len(first), len(parts)) and first[shared] == parts[shared]:
+            shared += 1
+        first = first[:shared]
+    return first
+
+
+def _without_suffix(name: str) -> str:
+    for suffix in SUFFIXES:
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return name

@@ -1,0 +1,245 @@
+"""Where bytes live: one small face over fsspec for local paths, `memory://`, `s3://` and the rest.
+
+Nothing here needs a rename that the caller can see: a file that is written appears whole or not at
+all. On a local disk it is written under another name in its folder first; for an object store it is
+gathered in a local temporary file and put in one call.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import secrets
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, BinaryIO, cast
+
+import fsspec
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from tarsift.operators.errors import UsageError
+
+# The extra of tarsift that brings a protocol's driver; others are named by fsspec itself.
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+
+ATTEMPTS = 4
+BLOCK_BYTES = 8 << 20
+
+
+def is_local(url: str) -> bool:
+    """Tell whether `url` is a path on this machine."""
+    return "://" not in url or url.startswith(("file://", "local://"))
+
+
+def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return the file system that holds `url` and the path in it.
+
+    Raises:
+        UsageError: if the protocol is unknown, or its driver is not installed.
+    """
+    if not url or "\0" in url:
+        raise UsageError(f"a path or URL must not be empty or hold a NUL character: got {url!r}")
+    if is_local(url):  # not through `url_to_fs`: a local path may hold "::", which chains file systems there
+        fs = LocalFileSystem()
+        return fs, cast(str, fs._strip_protocol(url))
+    protocol = url.split("://", 1)[0]
+    try:
+        return url_to_fs(url)
+    except ImportError as error:
+        extra = EXTRAS.get(protocol)
+        remedy = f"install `tarsift[{extra}]`" if extra else str(error)
+        raise UsageError(f"{url!r}: no driver for {protocol}:// is installed; {remedy}") from error
+    except ValueError as error:
+        raise UsageError(f"{url!r}: {error}; use a path, s3://, gs://, hf://, http(s):// or memory://") from error
+
+
+def check_name(name: str) -> str:
+    """Return `name`, a relative path made of names found in data, if it stays below the folder it is put in.
+
+    Raises:
+        UsageError: if it is empty or absolute, or holds "..", "::", a backslash, control characters or
+            bytes that are not UTF-8.
+    """
+    fault = None
+    if not name or name.startswith("/") or "://" in name:
+        fault = "is empty or absolute"
+    elif any(part in ("", ".", "..") for part in name.split("/")):
+        fault = 'has a part that is empty, "." or ".."'
+    elif "::" in name or "\\" in name:
+        fault = 'holds "::" or a backslash'
+    elif any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) < 0xE000 for c in name):
+        fault = "holds control characters or bytes that are not UTF-8"
+    if fault:
+        raise UsageError(f"the name {name!r} {fault}; rename the file it comes from")
+    return name
+
+
+def join(root: str, *parts: str) -> str:
+    """Return the URL of `parts` below `root`; parts are checked by `check_name`."""
+    if not parts:
+        return root
+    below = "/".join(check_name(part) for part in parts)
+    return root + below if root.endswith("/") else f"{root}/{below}"
+
+
+def open_read(url: str) -> BinaryIO:
+    """Open a file for reading; a remote read that fails is tried again where it stopped.
+
+    Raises:
+        OSError: if it is not there or cannot be read.
+    """
+    fs, path = filesystem(url)
+    if isinstance(fs, LocalFileSystem):
+        return open(path, "rb")
+    return cast(BinaryIO, io.BufferedReader(_RemoteReader(fs, path), 1 << 20))
+
+
+def read_bytes(url: str) -> bytes:
+    """Return a whole file."""
+    with open_read(url) as file:
+        return file.read()
+
+
+def put_bytes(url: str, data: bytes) -> None:
+    """Write a whole file, replacing what was there, so that readers see the old or the new one."""
+    with open_write(url) as file:
+        file.write(data)
+
+
+@contextmanager
+def open_write(url: str) -> Iterator[BinaryIO]:
+    """Write a file that appears when the block ends, and not at all if it is left by an exception.
+
+    Parent folders are made on a local disk. Memory does not grow with the file.
+    """
+    fs, path = filesystem(url)
+    if isinstance(fs, LocalFileSystem):
+        folder = os.path.dirname(path)
+        os.makedirs(folder, exist_ok=True)
+        beside = os.path.join(folder, f".{secrets.token_hex(8)}.tmp")
+        try:
+            with open(beside, "xb", buffering=1 << 20) as file:
+                yield cast(BinaryIO, file)
+                file.flush()
+                os.fsync(file.fileno())  # or a loss of power could leave the new name with nothing in it
+            os.replace(beside, path)
+        except BaseException:
+            with suppress(OSError):
+                os.remove(beside)
+            raise
+        return
+    with tempfile.NamedTemporaryFile(buffering=1 << 20) as file:
+        yield cast(BinaryIO, file)
+        file.flush()
+        _retry(lambda: fs.put_file(file.name, path), f"cannot write {url}")
+
+
+def exists(url: str) -> bool:
+    """Tell whether a file is there now, whatever an earlier listing said."""
+    fs, path = filesystem(url)
+    fs.invalidate_cache()
+    return bool(fs.isfile(path))
+
+
+def remove(url: str) -> None:
+    """Remove a file; that it was not there is fine."""
+    fs, path = filesystem(url)
+    with suppress(FileNotFoundError):
+        fs.rm_file(path)
+
+
+def list_files(folder: str, suffix: str = "") -> list[str]:
+    """Return the names below `folder`, at any depth and sorted, that end in `suffix`; none if it is not there.
+
+    `join(folder, name)` is the URL of each.
+    """
+    fs, path = filesystem(folder)
+    found = find(fs, path, suffix)
+    return sorted(name[len(path.rstrip("/")) + 1 :] for name in found)
+
+
+def find(fs: fsspec.AbstractFileSystem, path: str, suffix: str | tuple[str, ...] = "") -> dict[str, int]:
+    """Return path and size in bytes of the files below the folder `path` that end in `suffix`, case ignored."""
+    fs.invalidate_cache()
+    try:
+        infos = cast(dict[str, dict[str, Any]], fs.find(path, detail=True))
+    except FileNotFoundError:
+        return {}
+    below = path.rstrip("/") + "/"
+    found = {}
+    for name, info in infos.items():
+        is_file = info.get("type") == "file" or info.get("islink")
+        if is_file and name.startswith(below) and name.lower().endswith(suffix):
+            found[name] = int(info.get("size") or 0)
+    return found
+
+
+class _RemoteReader(io.RawIOBase):
+    """A remote file that is opened again at the same byte when a read fails."""
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, path: str) -> None:
+        self._fs, self._path, self._at = fs, path, 0
+        self._file: Any = None
+        self._file = _retry(self._open, f"cannot open {path}")
+
+    def _open(self) -> Any:
+        if "memory" in self._fs.protocol:  # there, all readers of a file share one position
+            file: Any = io.BytesIO(cast(bytes, self._fs.cat_file(self._path)))
+        else:
+            file = self._fs.open(self._path, "rb", block_size=BLOCK_BYTES)
+        if self._at:
+            file.seek(self._at)
+        return file
+
+    def _read(self, size: int) -> bytes:
+        if self._file is None:
+            self._file = self._open()
+        try:
+            return self._file.read(size)
+        except Exception:
+            self._file = None
+            raise
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        data = _retry(lambda: self._read(len(view)), f"cannot read {self._path} at byte {self._at}")
+        view[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        if self._file is None:
+            self._file = self._open()
+        self._at = self._file.seek(offset, whence)
+        return self._at
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        super().close()
+
+
+def _retry(call: Callable[[], Any], failure: str) -> Any:
+    # Drivers raise OSError, but also errors of their HTTP client that are none.
+    attempt = 1
+    while True:
+        try:
+            return call()
+        except (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError):
+            raise
+        except Exception as error:
+            if attempt == ATTEMPTS:
+                raise OSError(f"{failure}: {type(error).__name__}: {error}") from error
+        time.sleep(2**attempt * random.uniform(0.1, 0.3))
+        attempt += 1
