@@ -8,13 +8,14 @@ row order into the pass's file and the driver commits it. A part that no receipt
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -111,41 +112,30 @@ def merge_parts(parts: Sequence[str], target: str, rows: int, metadata: dict[str
     Raises:
         TarsiftError: if the parts do not hold rows 0 to `rows` - 1.
     """
-    digest, size, next_row = hashlib.sha256(), 0, 0
     errors: dict[str, int] = {}
-    buffer: list[pa.Table] = []
-    buffered = 0
+    next_row, pending = 0, None
     with storage.open_write(target) as raw:
-        writer: pq.ParquetWriter | None = None
-        sink = _Digesting(raw, digest)
-        for table in _rows_of(parts):
-            at = table["row"].to_pylist()
-            table = table.slice(next_row - at[0])
-            if at[0] > next_row or not len(table):
-                raise TarsiftError(f"{target}: row {next_row} is missing from the parts; run the same command again.")
-            next_row = at[-1] + 1
-            for reason in table["error"].drop_null().to_pylist():
-                errors[reason] = errors.get(reason, 0) + 1
-            if writer is None:
-                writer = pq.ParquetWriter(sink, _with_metadata(table.schema, metadata), **parquet_options(table.schema))
-            buffer.append(table)
-            buffered += len(table)
-            while buffered >= ROW_GROUP_ROWS:
-                whole = pa.concat_tables(buffer)
-                writer.write_table(whole.slice(0, ROW_GROUP_ROWS), row_group_size=ROW_GROUP_ROWS)
-                buffer = [whole.slice(ROW_GROUP_ROWS)]
-                buffered -= ROW_GROUP_ROWS
-        if writer is None:  # a shard without a single sample
-            writer = pq.ParquetWriter(
-                sink, _with_metadata(pa.schema([("shard", pa.string()), ("row", pa.int32())]), metadata)
-            )
-        elif buffered:
-            writer.write_table(pa.concat_tables(buffer), row_group_size=ROW_GROUP_ROWS)
-        writer.close()
-        size = sink.size
-    if next_row != rows:
-        raise TarsiftError(f"{target}: {next_row} rows arrived of {rows}; run the same command again.")
-    return {"rows": rows, "errors": errors, "output_bytes": size, "output_sha256": digest.hexdigest()}
+        sink = _Digesting(raw)
+        schema = _with_metadata(_schema_of(parts), metadata)
+        with pq.ParquetWriter(sink, schema, **parquet_options(schema)) as writer:
+            for part in parts:
+                table = _read_part(part)
+                first, last = table["row"][0].as_py(), table["row"][-1].as_py()
+                if first > next_row:
+                    raise TarsiftError(f"{target}: row {next_row} is missing; run the same command again.")
+                table = table.slice(next_row - first)  # a retried task may have repeated rows
+                next_row = last + 1
+                for reason in table["error"].drop_null().to_pylist():
+                    errors[reason] = errors.get(reason, 0) + 1
+                pending = table if pending is None else pa.concat_tables([pending, table])
+                while len(pending) >= ROW_GROUP_ROWS:
+                    writer.write_table(pending.slice(0, ROW_GROUP_ROWS), row_group_size=ROW_GROUP_ROWS)
+                    pending = pending.slice(ROW_GROUP_ROWS)
+            if pending is not None and len(pending):
+                writer.write_table(pending, row_group_size=ROW_GROUP_ROWS)
+            if next_row != rows:
+                raise TarsiftError(f"{target}: {next_row} rows arrived of {rows}; run the same command again.")
+    return {"rows": rows, "errors": errors, "output_bytes": sink.size, "output_sha256": sink.digest.hexdigest()}
 
 
 class _Digesting:
@@ -153,12 +143,12 @@ class _Digesting:
 
     closed = False
 
-    def __init__(self, raw, digest):
-        self._raw, self._digest, self.size = raw, digest, 0
+    def __init__(self, raw: BinaryIO):
+        self._raw, self.digest, self.size = raw, hashlib.sha256(), 0
 
     def write(self, data) -> int:
         data = memoryview(data)
-        self._digest.update(data)
+        self.digest.update(data)
         self.size += data.nbytes
         self._raw.write(data)
         return data.nbytes
@@ -173,9 +163,14 @@ class _Digesting:
         pass
 
 
-def _rows_of(parts: Sequence[str]) -> Iterator[pa.Table]:
-    for part in parts:
-        yield pa.ipc.open_stream(storage.read_bytes(part)).read_all()
+def _read_part(part: str) -> pa.Table:
+    return pa.ipc.open_stream(storage.read_bytes(part)).read_all()
+
+
+def _schema_of(parts: Sequence[str]) -> pa.Schema:
+    if parts:
+        return _read_part(parts[0]).schema
+    return pa.schema([("shard", pa.string()), ("row", pa.int32()), ("error", pa.string())])  # not a single sample
 
 
 def _with_metadata(schema: pa.Schema, metadata: dict[str, str]) -> pa.Schema:
@@ -321,6 +316,8 @@ def _merge_and_tidy(
     folder: str, name: str, parts: list[str], target: str, end: dict[str, Any], metadata: dict[str, str]
 ) -> dict[str, Any]:
     entry = merge_parts(parts, target, end["rows"], metadata)
-    storage.remove(storage.join(folder, ".parts", name))
+    fs, path = storage.filesystem(storage.join(folder, ".parts", name))
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm(path, recursive=True)
     source = {key: end[key] for key in ("sha256", "bytes", "problems") if key in end}
     return {**entry, "output": f"{name}.parquet", "source": source}

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import posixpath
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -51,7 +50,7 @@ class Ledger:
 
     def entries(self, shards: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
         """Read the records that count, by shard; those of other fingerprints are passed over."""
-        urls = storage.list_files(self.folder, ".json")
+        urls = [storage.join(self.folder, name) for name in storage.list_files(self.folder, ".json")]
         wanted = None if shards is None else set(shards)
         with ThreadPoolExecutor(_READERS) as pool:
             records = pool.map(_read_record, urls)
@@ -115,13 +114,3 @@ class RunFile:
             figures["samples_per_s"] = round(figures["samples"] / figures["elapsed_s"], 1)
         passes[name] = figures
         self.save()
-
-
-def shard_file(out: str, folder: str, shard: str, suffix: str) -> str:
-    """Path of a shard's file in a pass's folder."""
-    return storage.join(out, folder, f"{shard}{suffix}")
-
-
-def basename(url: str) -> str:
-    """Last part of a path or URL."""
-    return posixpath.basename(url.rstrip("/"))

@@ -22,7 +22,6 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from tarsift.clip_detect.reference import keyed_hash
 from tarsift.clip_detect.suspicion import DensityRule, SmoothingRule, fit_density, fit_smoothing
 from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
@@ -129,17 +128,19 @@ def trusted_reference(path: str, key: bytes) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         UsageError: if there is no Parquet file with `image_embedding` and `image_sha256`.
     """
-    urls = [path] if path.endswith(".parquet") else storage.list_files(path, ".parquet")
-    if not urls:
+    folder, _, file = path.rpartition("/") if path.endswith(".parquet") else (path, "", "")
+    names = [file] if file else storage.list_files(path, ".parquet")
+    if not names:
         raise UsageError(f"--reference {path}: no Parquet file there; give an embeddings/ folder of a trusted dump.")
     fold = FetchRows(2**64 - 1, key=key, salt="candidates")
     state = fold.init()
-    for url in urls:
-        folder, _, name = url.rpartition("/")
-        for table in ReadStored([Stored(folder, fold.columns)])(name.removesuffix(".parquet")):
+    for name in names:
+        for table in ReadStored([Stored(folder or ".", fold.columns)])(name.removesuffix(".parquet")):
             missing = [column for column in fold.columns if column not in table.column_names]
             if missing:
-                raise UsageError(f"--reference {url} lacks the columns {missing}; it has {table.column_names}.")
+                raise UsageError(
+                    f"--reference {path}: {name} lacks the columns {missing}; it has {table.column_names}."
+                )
             state = fold.add(state, table)
     rows = fold.finish(state)
     if not rows:
