@@ -144,7 +144,7 @@ def _files(explicit: list[tuple[fsspec.AbstractFileSystem, str, str]], *, many: 
             else:
                 info = fs.info(path)
         except FileNotFoundError:
-            missing.append(path)
+            missing.append(_url(fs, path))
             continue
         if info["type"] == "directory":
             found += _folder(fs, path, given)
@@ -177,9 +177,12 @@ def _name(found: list[_Found], root: str | None) -> list[Shard]:
                     f"{item.path!r} is given twice, by {other.given!r} and by {item.given!r}; give it once"
                 )
             raise UsageError(f"two shards have the name {name!r}: {other.path!r} and {item.path!r}; leave one out")
-        url = item.path if "file" in fs.protocol else fs.unstrip_protocol(item.path)
-        shards.append(Shard(name, url, item.size))
+        shards.append(Shard(name, _url(fs, item.path), item.size))
     return sorted(shards, key=lambda shard: shard.name)
+
+
+def _url(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    return path if "file" in fs.protocol else fs.unstrip_protocol(path)
 
 
 def _common_folder(folders: list[str]) -> list[str]:
