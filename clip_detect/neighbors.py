@@ -91,14 +91,14 @@ def knn(
     n, size = len(queries), len(rows)
     distances, indices = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
     # One candidate for the query itself, and some so that rounding seldom leaves the last one in doubt.
-    width = min(size, k + 9 + k // 8)
+    width = min(size, k + 6 + k // 8)
     step = max(1, min(1024, CHUNK_BYTES // (4 * size)))
     again = 0
     with _settings(threads):
         propose = _proposer(choose_backend(backend, device), rows, width, device)
         exact = _Exact(torch.from_numpy(rows), float(lengths.max(initial=0.0)), others, k)
         for start in range(0, n, step):
-            chunk = np.array(queries[start : start + step], dtype=np.float32, order="C")
+            chunk = np.require(queries[start : start + step], np.float32, ["C", "W"])
             length = _lengths(chunk, "queries", start)
             part = slice(start, start + len(chunk))
             again += exact.search(
@@ -142,8 +142,8 @@ def _propose_torch(reference: np.ndarray, width: int, device: str) -> Propose:
         q = torch.from_numpy(queries).to(device)
         # |q - r|^2 = |q|^2 - 2 (q.r - |r|^2 / 2), and |q| does not matter for the order.
         best = torch.addmm(half, q, rows.T).topk(width, dim=1)
-        squared = q.square().sum(1, keepdim=True) - 2 * best.values
-        return squared.cpu().numpy(), best.indices.cpu().numpy()
+        squared = np.einsum("ij,ij->i", queries, queries)[:, None] - 2 * best.values.cpu().numpy()
+        return squared, best.indices.cpu().numpy()
 
     return propose
 
@@ -179,19 +179,17 @@ class _Exact:
         error = self.gamma * (lengths + self.longest) ** 2 + 1e-36
         reach = kth + 2 * error + 3 * self.gamma * (np.maximum(kth, 0) + error)
         proven = (approximate[:, -1] > reach) | (approximate.shape[1] == len(self.rows))
-        if proven.any():
-            within = approximate[proven] <= reach[proven, None]
-            width = max(self.k, approximate.shape[1] - int(within[:, ::-1].any(axis=0).argmax()))
-            some = slice(None) if proven.all() else proven
-            distances[some], indices[some] = self._nearest(
-                queries[some], candidates[some, :width], None if ids is None else ids[some]
-            )
+        needed = (approximate <= reach[:, None]).sum(axis=1)  # candidates are ascending: a prefix of them
+        block = 32  # one row in doubt widens only its own block
+        for start in range(0, len(queries), block):
+            part = slice(start, start + block)
+            first = candidates[part, : max(self.k, int(needed[part].max()))]
+            distances[part], indices[part] = self._nearest(queries[part], first, None if ids is None else ids[part])
         everything = np.arange(len(self.rows))[None]
         doubtful = np.flatnonzero(~proven)
         for i in doubtful:
-            distances[i], indices[i] = self._nearest(
-                queries[i : i + 1], everything, None if ids is None else ids[i : i + 1]
-            )
+            one = slice(i, i + 1)
+            distances[one], indices[one] = self._nearest(queries[one], everything, None if ids is None else ids[one])
         return len(doubtful)
 
     def _nearest(self, queries: np.ndarray, candidates: np.ndarray, ids: np.ndarray | None) -> tuple:
