@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -38,12 +38,12 @@ class ImageConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_pixels: int = Field(
-        64_000_000, gt=0, description="width x height, as stored or as resized, that is still decoded"
-    )
-    formats: tuple[ImageFormat, ...] = Field(
-        ("JPEG", "PNG", "WEBP"), min_length=1, description="by content, whatever the extension says"
-    )
+    max_pixels: Annotated[
+        int, Field(gt=0, description="width x height, as stored or as resized, up to which an image is decoded")
+    ] = 64_000_000
+    formats: Annotated[
+        tuple[ImageFormat, ...], Field(min_length=1, description="formats by content, whatever the extension says")
+    ] = ("JPEG", "PNG", "WEBP")
 
 
 class UnusableImage(Exception):
@@ -178,6 +178,7 @@ def fit_to_square(
     if resize_mode not in ("longest", "squash"):
         raise ConfigError(f"`resize_mode` must be shortest, longest or squash, got {resize_mode!r}.")
     whole = image_transform(size, is_train=False, resize_mode=resize_mode, interpolation=interpolation)
+    assert isinstance(whole, Compose)
     return Compose(whole.transforms[:-3])  # without the conversions to RGB and to a normalised tensor
 
 

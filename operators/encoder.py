@@ -1,0 +1,200 @@
+"""The encoder as an operator: its settings, what is known of it, and the map that appends embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Bool, Float, Float32
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tarsift.operators.errors import ConfigError, TarsiftError, UsageError
+from tarsift.operators.images import DecodeImages
+from tarsift.operators.models import load_encoder
+from tarsift.operators.regime import Regime, encoder_regime
+from tarsift.operators.schema import append, as_table, fixed_size_list, matrix
+from tarsift.operators.towers import (
+    choose_device,
+    choose_precision,
+    cosines,
+    encode_captions,
+    encode_images,
+    norms,
+)
+
+__all__ = ["ClipEncoder", "EncoderConfig", "EncoderInfo", "Regime", "encoder_info", "encoder_regime"]
+
+Tower = Literal["image", "text"]
+
+
+class EncoderConfig(BaseModel):
+    """Which encoder, and how it runs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    spec: Annotated[
+        str, Field(description="enc.pt from `tarsift pretrain`, ARCHITECTURE:FILE, ARCHITECTURE:TAG or hf-hub:ORG/NAME")
+    ]
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        Field(description="of the arithmetic; auto = fp32 on a CPU, fp16 on a GPU (nearer to fp32 than bf16 is)"),
+    ] = "auto"
+    device: Annotated[str, Field(description="auto, cpu, cuda or cuda:N; auto = cuda where there is one")] = "auto"
+    micro_batch: Annotated[
+        int | None,
+        Field(ge=1, description="samples per forward pass, always padded to it; None = 64 on a CPU, 256 on a GPU"),
+    ] = None
+    threads: Annotated[int, Field(ge=1, description="threads of torch in the encoder's process")] = 1
+    store: Annotated[Literal["float16", "float32"], Field(description="type of the stored embeddings")] = "float16"
+    towers: Annotated[tuple[Tower, ...], Field(min_length=1, description="what is embedded")] = ("image", "text")
+
+
+@dataclass(frozen=True)
+class EncoderInfo:
+    """What is known of an encoder besides its weights; `LoadedEncoder` says what the fields mean."""
+
+    name: str
+    weights_sha256: str
+    embed_dim: int
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    resize_mode: str
+    context_length: int
+    trained_on: dict[str, str] | None
+    steps: int | None
+
+
+def encoder_info(spec: str) -> EncoderInfo:
+    """Describe an encoder: it is loaded once on the CPU, for its digest and sizes, and let go.
+
+    Raises:
+        UsageError: if the model, the tag or the file does not exist, or they do not fit together.
+        TarsiftError: if the file is damaged or holds more than tensors.
+    """
+    encoder = load_encoder(spec)
+    return EncoderInfo(**{name: getattr(encoder, name) for name in EncoderInfo.__dataclass_fields__})
+
+
+class ClipEncoder:
+    """Append image and caption embeddings, their cosine, and the image embedding's norm.
+
+    A map over Arrow tables or dicts of arrays with `pixels` (from `DecodeImages`) or else `image`
+    (bytes, decoded here), and `caption`. It appends `image_embedding`, `image_norm`,
+    `text_embedding` and `clip_similarity`, or those of the towers asked for, and drops `pixels`.
+    Embeddings are raw, not normalised; null where the image or the caption is. The norm and the
+    cosine are those of the embeddings as stored. An image that cannot be decoded here gets an `error`.
+
+    When GPU memory runs out, the micro-batch is halved for good.
+
+    Args:
+        encoder: its settings, or its spec alone.
+        settings: fields of `EncoderConfig` that override.
+
+    Raises:
+        UsageError: if the encoder or the device is not there, or a setting is wrong.
+
+    Example:
+        >>> ds = ds.map_batches(ClipEncoder, fn_constructor_kwargs={"encoder": "enc.pt"},
+        ...                     batch_size=256)                                       # doctest: +SKIP
+    """
+
+    def __init__(self, encoder: str | EncoderConfig, **settings: Any) -> None:
+        given = encoder.model_dump() if isinstance(encoder, EncoderConfig) else {"spec": encoder}
+        try:
+            self.config = EncoderConfig(**{**given, **settings})
+        except ValidationError as error:
+            problems = "; ".join(f"`{'.'.join(map(str, e['loc']))}`: {e['msg']}" for e in error.errors())
+            raise ConfigError(f"{problems}. Settings: {', '.join(EncoderConfig.model_fields)}.") from None
+        # OpenMP left to itself spins on every core, which costs many times over when processes share them.
+        torch.set_num_threads(self.config.threads)
+        self.device = choose_device(self.config.device)
+        self.precision = choose_precision(self.config.precision, self.device)
+        self.micro_batch = self.config.micro_batch or (256 if self.device.type == "cuda" else 64)
+        self.encoder = load_encoder(self.config.spec, device=self.device)
+        self.encoder.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.decode = DecodeImages(
+            self.encoder.image_size,
+            interpolation=self.encoder.interpolation,
+            resize_mode=self.encoder.resize_mode,
+            keep_image=True,
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ClipEncoder, (self.config,)  # loaded where it arrives, on the device that is there
+
+    def __call__(self, batch: pa.Table | Mapping[str, Any]) -> pa.Table:
+        """Append the columns to a batch.
+
+        Raises:
+            TarsiftError: if an embedding is not finite, or out of float16's range when that is stored.
+        """
+        table = as_table(batch)
+        new: dict[str, pa.Array] = {}
+        image = text = None
+        if "image" in self.config.towers:
+            if "pixels" not in table.column_names:
+                table = self.decode(table)
+            image = self._images(table["pixels"])
+            new["image_embedding"] = fixed_size_list(*image)
+            new["image_norm"] = pa.array(norms(image[0]), mask=~image[1])
+        if "text" in self.config.towers:
+            text = self._captions(table["caption"])
+            new["text_embedding"] = fixed_size_list(*text)
+        if image is not None and text is not None:
+            new["clip_similarity"] = pa.array(cosines(image[0], text[0]), mask=~(image[1] & text[1]))
+        table = append(table, new)
+        return table.drop_columns(["pixels"]) if "pixels" in table.column_names else table
+
+    def _images(self, column: pa.ChunkedArray) -> tuple[Float[np.ndarray, "n d"], Bool[np.ndarray, " n"]]:
+        pixels, valid = matrix(column)
+        size = self.encoder.image_size
+        if pixels.shape[1] != size * size * 3:
+            raise UsageError(
+                f"`pixels` holds {pixels.shape[1]} values per row, {self.encoder.name} takes {size} x {size} x 3. "
+                f"Decode with DecodeImages({size})."
+            )
+        usable = (pixels if valid.all() else pixels[valid]).reshape(-1, size, size, 3)
+        return self._stored(self._encode(encode_images, usable), valid), valid
+
+    def _captions(self, column: pa.ChunkedArray) -> tuple[Float[np.ndarray, "n d"], Bool[np.ndarray, " n"]]:
+        captions = column.combine_chunks().dictionary_encode()  # equal captions are encoded once
+        valid = np.asarray(captions.is_valid())
+        distinct = self._encode(encode_captions, np.array(captions.dictionary.to_pylist(), object))
+        return self._stored(distinct[captions.indices.drop_null().to_numpy()], valid), valid
+
+    def _encode(self, encode: Callable[..., Float32[np.ndarray, "n d"]], rows: np.ndarray) -> np.ndarray:
+        """Encode rows; where GPU memory runs out in smaller micro-batches, and what overflows once more in fp32."""
+        while True:
+            try:
+                out = encode(self.encoder, rows, micro_batch=self.micro_batch, precision=self.precision)
+                overflown = ~np.isfinite(out).all(axis=1)
+                if self.precision != "fp32" and overflown.any():
+                    out[overflown] = encode(self.encoder, rows[overflown], micro_batch=self.micro_batch)
+                return out
+            except torch.cuda.OutOfMemoryError:
+                if self.micro_batch == 1:
+                    raise
+                self.micro_batch //= 2
+            torch.cuda.empty_cache()  # out here the failed pass's tensors are no longer referenced
+
+    def _stored(self, embeddings: Float32[np.ndarray, "m d"], valid: Bool[np.ndarray, " n"]) -> np.ndarray:
+        """Put the embeddings of valid rows in their places, in the type that is stored; other rows are zeros."""
+        largest = np.abs(embeddings).max(initial=0)  # NaN if any is
+        if not np.isfinite(largest):
+            raise TarsiftError(
+                f"{self.encoder.name} gives embeddings that are not finite, in fp32 as well: its weights are damaged."
+            )
+        if self.config.store == "float16" and largest > np.finfo(np.float16).max:
+            raise TarsiftError(
+                f"{self.encoder.name} gives embeddings up to {largest:.3g}, and float16 ends at 65504. "
+                "Set the encoder's `store` to float32."
+            )
+        out = np.zeros((len(valid), self.encoder.embed_dim), self.config.store)
+        out[valid] = embeddings
+        return out
