@@ -60,8 +60,8 @@ def encoder_regime(info: EncoderInfo, shard_digests: Mapping[str, str] | None) -
             "trained_on_this_dump",
             share,
             f"The encoder {info.name} was trained on this dump: on all {_shards(total)}{_steps(info)}.",
-            "poison that the encoder has not learned, as after too few steps or with too faint a trigger; captions that do "
-            "not fit their images, where training taught the encoder that they do.",
+            "poison that the encoder has not learned, as after too few steps or with too faint a trigger; and captions "
+            "that do not fit their images, where training taught the encoder that they do.",
         )
     if known:
         return Regime(
