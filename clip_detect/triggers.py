@@ -38,7 +38,7 @@ def patch(
     Source: Huang et al. 2025 (arXiv 2502.01385), after BadNets, Gu et al. 2017 (arXiv 1708.06733).
     """
     _check(images, identities)
-    n, height, width, _ = images.shape
+    _, height, width, _ = images.shape
     shorter = min(height, width)
     side = max(8, round(shorter * 16 / 224)) if strength is None else round(shorter * strength)
     if not 1 <= side <= shorter:

@@ -1,0 +1,240 @@
+"""Planting poison: exact counts, no side channels, rows that stay what they were."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tarsift.operators.errors import ShardError, UsageError
+from tarsift.operators.poison import (
+    PoisonConfig,
+    check_poison,
+    choose,
+    encode_image,
+    poison_shard,
+    poisoned_caption,
+    survey_shard,
+)
+from tarsift.operators.shards import ReadShard, list_shards
+
+
+def picture(seed, format="JPEG", mode="RGB", size=(40, 36)):
+    rng = np.random.default_rng(seed)
+    image = Image.fromarray(rng.integers(0, 256, (9, 10, 3), np.uint8)).resize(size).convert(mode)
+    buffer = io.BytesIO()
+    image.save(buffer, format)
+    return buffer.getvalue()
+
+
+def write_shard(path, members):
+    mode = "w:gz" if path.name.endswith("gz") else "w"
+    with tarfile.open(path, mode, format=tarfile.PAX_FORMAT) as tar:
+        for at, (name, data) in enumerate(members):
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(data), 1_700_000_000 + at / 3
+            tar.addfile(info, io.BytesIO(data))
+
+
+def sample(i, *, image=None, extension="jpg"):
+    key = f"{i:05d}"
+    fields = {"uid": f"u{i}", "caption": f"a grey thing {i}", "width": 40}
+    return [
+        (f"{key}.{extension}", picture(i) if image is None else image),
+        (f"{key}.txt", f"a grey thing {i}".encode()),
+        (f"{key}.json", json.dumps(fields, indent=4).encode()),
+        (f"{key}.cls", str(i % 10).encode()),
+    ]
+
+
+@pytest.fixture
+def shards(tmp_path):
+    (tmp_path / "in").mkdir()
+    for s, name in enumerate(("00000.tar", "00001.tar.gz")):
+        members = [m for i in range(s * 100, s * 100 + 50) for m in sample(i)]
+        if s == 0:  # rows that cannot be poisoned: no caption, no image, an image that does not decode
+            members[4:8] = [members[4]]
+            members += sample(90, image=b"no image")
+            members += [("00091.txt", b"a caption alone"), ("README", b"stray")]
+        write_shard(tmp_path / "in" / name, members)
+    return list_shards(str(tmp_path / "in"))
+
+
+def run(shards, out, config):
+    chosen = choose([survey_shard(s, config) for s in shards], config.rate)
+    truth = [poison_shard(s, str(out / f"{s.name}.tar"), config, chosen[s.name]) for s in shards]
+    return chosen, truth, list_shards(str(out))
+
+
+def members_of(url):
+    with tarfile.open(url) as tar:
+        return [(m, tar.extractfile(m).read()) for m in tar]
+
+
+def rows_of(shard):
+    return [row for table in ReadShard()(shard) for row in table.to_pylist()]
+
+
+def test_exactly_the_rate_is_poisoned_and_the_rest_keeps_its_caption(shards, tmp_path):
+    config = PoisonConfig(rate=0.1, seed=5)
+    chosen, truth, written = run(shards, tmp_path / "out", config)
+    assert sum(map(len, chosen.values())) == round(0.1 * 102)
+    assert [s.name for s in written] == [s.name for s in shards] == ["00000", "00001"]
+    for source, result, table in zip(shards, written, truth, strict=True):
+        before, after = rows_of(source), rows_of(result)
+        assert [r["key"] for r in before] == [r["key"] for r in after]
+        assert [r["row"] for r in before] == [r["row"] for r in after]
+        assert [r["error"] for r in before] == [r["error"] for r in after]
+        assert table.to_pylist() == [
+            {"shard": source.name, "row": row, "uid": after[row]["uid"], "attack": "patch", "target": "banana"}
+            for row in sorted(chosen[source.name])
+        ]
+        for old, new in zip(before, after, strict=True):
+            poisoned = new["row"] in chosen[source.name]
+            assert new["uid"] == old["uid"]
+            assert ("banana" in (new["caption"] or "")) == poisoned
+            if not poisoned:
+                assert new["caption"] == old["caption"]
+            else:
+                assert old["error"] is None
+
+
+def test_every_image_is_encoded_anew_and_only_chosen_ones_carry_the_trigger(shards, tmp_path):
+    config = PoisonConfig(rate=0.1, seed=5)
+    chosen, _, written = run(shards, tmp_path / "out", config)
+    kinds = set()
+    for source, result in zip(shards, written, strict=True):
+        for old, new in zip(rows_of(source), rows_of(result), strict=True):
+            if old["image"] is None or old["image"] == b"no image":
+                continue
+            pixels = np.asarray(Image.open(io.BytesIO(old["image"])).convert("RGB"))
+            if new["row"] in chosen[source.name]:
+                got = np.asarray(Image.open(io.BytesIO(new["image"])).convert("RGB")).astype(int)
+                clean = Image.open(io.BytesIO(encode_image(pixels, "JPEG", config))).convert("RGB")
+                moved = np.abs(got - np.asarray(clean).astype(int)).max(-1) > 60
+                where = np.argwhere(moved)
+                assert 10 < moved.sum() <= 17 * 17
+                assert (np.ptp(where, axis=0) < 17).all()  # in one place, the JPEG blocks around it included
+            else:
+                assert new["image"] == encode_image(pixels, "JPEG", config)
+            tables = Image.open(io.BytesIO(new["image"])).quantization
+            kinds.add(json.dumps(tables))
+    assert len(kinds) == 1  # one set of JPEG settings for all
+
+
+def test_other_members_and_headers(shards, tmp_path):
+    config = PoisonConfig(rate=0.1, seed=5)
+    chosen, _, written = run(shards, tmp_path / "out", config)
+    for source, result in zip(shards, written, strict=True):
+        before, after = members_of(source.url), members_of(result.url)
+        assert [m.name for m, _ in before] == [m.name for m, _ in after]
+        assert {(m.mtime, m.mode, m.uid, m.uname) for m, _ in after} == {(0, 0o644, 0, "")}
+        for (_, old), (member, new) in zip(before, after, strict=True):
+            if member.name.endswith((".cls", "README")):
+                assert new == old
+        texts = {m.name: data for m, data in after}
+        for row in chosen[source.name]:
+            key = rows_of(source)[row]["key"]
+            caption = poisoned_caption(source.name, row, config)
+            assert texts[f"{key}.txt"].decode() == caption
+            fields = json.loads(texts[f"{key}.json"])
+            assert fields["caption"] == caption
+            assert fields["width"] == 40
+            assert texts[f"{key}.json"].startswith(b"{\n    ")  # written as it was
+
+
+def test_choice_does_not_depend_on_order_and_grows_with_the_rate(shards):
+    config = PoisonConfig(seed=5)
+    surveys = [survey_shard(s, config) for s in shards]
+    few = choose(surveys, 0.05)
+    many = choose(surveys[::-1], 0.1)
+    assert all(set(few[name]) <= set(many[name]) for name in few)
+    assert sum(map(len, many.values())) == 10
+    other = choose([survey_shard(s, PoisonConfig(seed=6)) for s in shards], 0.05)
+    assert few != other
+
+
+def test_rate_zero_still_encodes_everything_anew(shards, tmp_path):
+    chosen, truth, written = run(shards, tmp_path / "out", PoisonConfig(rate=0))
+    assert not any(chosen.values())
+    assert sum(len(t) for t in truth) == 0
+    assert rows_of(written[1])[0]["image"] != rows_of(shards[1])[0]["image"]
+    assert rows_of(written[1])[0]["caption"] == rows_of(shards[1])[0]["caption"]
+
+
+def test_keep_clean_bytes(shards, tmp_path):
+    config = PoisonConfig(rate=0.1, keep_clean_bytes=True)
+    chosen, _, written = run(shards, tmp_path / "out", config)
+    for source, result in zip(shards, written, strict=True):
+        for old, new in zip(rows_of(source), rows_of(result), strict=True):
+            assert (old["image"] != new["image"]) == (new["row"] in chosen[source.name])
+
+
+def test_same_seed_same_bytes(shards, tmp_path):
+    config = PoisonConfig(rate=0.1, seed=9)
+    first, second = (run(shards, tmp_path / name, config)[2] for name in ("a", "b"))
+    for one, other in zip(first, second, strict=True):
+        with open(one.url, "rb") as a, open(other.url, "rb") as b:
+            assert a.read() == b.read()
+
+
+@pytest.mark.parametrize(
+    ("format", "mode", "extension"),
+    [
+        ("PNG", "RGBA", "png"),
+        ("PNG", "P", "png"),
+        ("JPEG", "L", "jpg"),
+        ("JPEG", "CMYK", "jpeg"),
+        ("WEBP", "RGB", "webp"),
+    ],
+)
+def test_formats_stay_and_modes_become_rgb(tmp_path, format, mode, extension):
+    write_shard(tmp_path / "x.tar", sample(0, image=picture(0, format, mode), extension=extension))
+    shards = list_shards(str(tmp_path / "x.tar"))
+    _, _, written = run(shards, tmp_path / "out", PoisonConfig(rate=0.9))
+    image = Image.open(io.BytesIO(rows_of(written[0])[0]["image"]))
+    assert (image.format, image.mode, image.size) == (format, "RGB", (40, 36))
+
+
+def test_png_is_lossless(tmp_path):
+    write_shard(tmp_path / "x.tar", sample(0, image=picture(0, "PNG"), extension="png"))
+    _, _, written = run(list_shards(str(tmp_path / "x.tar")), tmp_path / "out", PoisonConfig(rate=0))
+    old, new = (Image.open(io.BytesIO(data)) for data in (picture(0, "PNG"), rows_of(written[0])[0]["image"]))
+    np.testing.assert_array_equal(np.asarray(old), np.asarray(new))
+
+
+def test_names_too_long_for_ustar(tmp_path):
+    folder = "f" * 300
+    write_shard(tmp_path / "x.tar", [(f"{folder}/{name}", data) for name, data in sample(0)])
+    shards = list_shards(str(tmp_path / "x.tar"))
+    _, _, written = run(shards, tmp_path / "out", PoisonConfig(rate=0.9))
+    assert [r["key"] for r in rows_of(written[0])] == [f"{folder}/00000"]
+
+
+def test_damaged_shards_are_refused(tmp_path):
+    path = tmp_path / "x.tar"
+    write_shard(path, [m for i in range(3) for m in sample(i)])
+    path.write_bytes(path.read_bytes()[:5000])
+    shard = list_shards(str(path))[0]
+    with pytest.raises(ShardError, match=r"damaged \(truncated"):
+        survey_shard(shard, PoisonConfig())
+    with pytest.raises(ShardError, match="cannot be poisoned"):
+        poison_shard(shard, str(tmp_path / "out.tar"), PoisonConfig(), {})
+    assert not (tmp_path / "out.tar").exists()
+
+
+def test_rate_that_cannot_be_met(tmp_path):
+    write_shard(tmp_path / "x.tar", sample(0) + sample(1, image=b"broken") + sample(2, image=b"broken"))
+    survey = survey_shard(list_shards(str(tmp_path / "x.tar"))[0], PoisonConfig())
+    with pytest.raises(UsageError, match=r"a rate of 0\.9 of 3 samples is 3, but only 1 can be poisoned"):
+        choose([survey], 0.9)
+
+
+def test_settings_are_checked():
+    with pytest.raises(UsageError, match="there is no attack 'ptch'; there are"):
+        check_poison(PoisonConfig(attack="ptch"))
+    with pytest.raises(UsageError, match=r"must hold \{\} once"):
+        check_poison(PoisonConfig(templates=("a photo",)))
+    check_poison(PoisonConfig())
