@@ -88,7 +88,7 @@ def walk_tar(stream: BinaryIO, *, keep: Callable[[str, int], int] = no_payload) 
         while True:
             block = _read(stream, BLOCK)
             if len(block) < BLOCK:
-                _ended(start, offset, len(block))
+                _ended(start, offset, block)
             if block == ZEROS:
                 if blocks:
                     raise TarDamage("bad_header", start, "an extended header with no member after it")
@@ -100,9 +100,7 @@ def walk_tar(stream: BinaryIO, *, keep: Callable[[str, int], int] = no_payload) 
             if kind not in EXTENDED:
                 break
             if size > MAX_EXTENDED_BYTES:
-                raise TarDamage(
-                    "bad_header", start, f"an extended header of {size} bytes; {MAX_EXTENDED_BYTES} at most"
-                )
+                raise TarDamage("bad_header", start, f"an extended header of {size} bytes is too large")
             padded = _read(stream, _padded(size))
             if len(padded) < _padded(size):
                 raise TarDamage("truncated", start, "the file ends inside an extended header")
@@ -137,7 +135,7 @@ def walk_tar(stream: BinaryIO, *, keep: Callable[[str, int], int] = no_payload) 
             )
 
         text = _text(name)
-        wanted = min(keep(text, size), size) if type == "file" else 0
+        wanted = min(keep(text, size), size) if type == "file" else -1
         headers = block if len(blocks) == 1 else b"".join(blocks)
         payload, got = _read_payload(stream, size, wanted)
         if got < _padded(size):
@@ -178,18 +176,19 @@ def _read_payload(stream: BinaryIO, size: int, wanted: int) -> tuple[bytes | Non
     padded = _padded(size)
     if wanted == size or padded <= PIECE_BYTES:
         data = _read(stream, padded)
-        return (data[:wanted] if wanted or not size else None), len(data)
-    payload = _read(stream, wanted) if wanted else None
+        return (data[:wanted] if wanted > 0 or wanted == size else None), len(data)
+    payload = _read(stream, wanted) if wanted > 0 else None
     got = len(payload or b"")
     while got < padded and (data := stream.read(min(PIECE_BYTES, padded - got))):
         got += len(data)
     return payload, got
 
 
-def _ended(start: int, offset: int, got: int) -> NoReturn:
-    if got or offset > start:
+def _ended(start: int, offset: int, rest: bytes) -> NoReturn:
+    if rest.strip(b"\0") or offset > start:
         raise TarDamage("truncated", start, "the file ends inside a header")
-    raise TarDamage("no_end_marker", start, "the file ends where a header or two zero blocks should follow")
+    at = start + len(rest)
+    raise TarDamage("no_end_marker", at, "the file ends where a header or two zero blocks should follow")
 
 
 def _check_end(stream: BinaryIO, offset: int) -> None:

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import io
+import os
+import sys
+import uuid
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
+
+from tarsift.operators import storage
+from tarsift.operators.errors import UsageError
+
+
+@pytest.fixture(params=["path", "file", "memory"])
+def root(request, tmp_path: Path) -> str:
+    return {
+        "path": str(tmp_path / "r"),
+        "file": f"file://{tmp_path}/r",
+        "memory": f"memory://{uuid.uuid4().hex}",
+    }[request.param]
+
+
+def test_what_is_written_is_read_listed_and_removed(root: str):
+    assert storage.list_files(root) == []
+    for name in ("b.json", "deep/er/a.json", "c.txt"):
+        storage.put_bytes(storage.join(root, *name.split("/")), name.encode())
+    assert storage.list_files(root, ".json") == ["b.json", "deep/er/a.json"]
+    assert storage.list_files(root) == ["b.json", "c.txt", "deep/er/a.json"]
+    url = storage.join(root, "deep/er/a.json")
+    assert storage.read_bytes(url) == b"deep/er/a.json"
+    storage.put_bytes(url, pa.py_buffer(b"new"))  # type: ignore[arg-type]
+    assert storage.read_bytes(url) == b"new"
+    assert storage.exists(url)
+    storage.remove(url)
+    storage.remove(url)
+    assert not storage.exists(url)
+    with pytest.raises(FileNotFoundError):
+        storage.open_read(url)
+
+
+def test_two_readers_of_a_file_do_not_share_a_position(root: str):
+    url = storage.join(root, "x")
+    storage.put_bytes(url, bytes(range(100)))
+    with storage.open_read(url) as one, storage.open_read(url) as two:
+        assert one.read(3) == two.read(3) == b"\0\1\2"
+        one.seek(50)
+        assert (one.read(1), two.read(1)) == (b"\x32", b"\3")
+
+
+def test_a_write_that_fails_leaves_what_was_there(root: str):
+    url = storage.join(root, "x")
+    storage.put_bytes(url, b"old")
+    with pytest.raises(RuntimeError), storage.open_write(url) as file:  # noqa: PT012
+        file.write(b"half of the ne")
+        raise RuntimeError
+    assert storage.read_bytes(url) == b"old"
+    assert storage.list_files(root) == ["x"]
+
+
+def test_a_file_being_written_is_not_there_yet(root: str):
+    url = storage.join(root, "x")
+    with storage.open_write(url) as file:
+        file.write(b"1" * 3_000_000)
+        assert not storage.exists(url)
+    assert len(storage.read_bytes(url)) == 3_000_000
+
+
+def test_files_get_the_usual_permissions(tmp_path: Path):
+    storage.put_bytes(str(tmp_path / "ours"), b"")
+    (tmp_path / "usual").write_bytes(b"")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_is_local():
+    assert all(map(storage.is_local, ["x", "/x", "file:///x", "a::b"]))
+    assert not any(map(storage.is_local, ["memory://x", "s3://b/x", "hf://datasets/x"]))
+
+
+def test_a_local_name_with_two_colons_is_no_chain(tmp_path: Path):
+    storage.put_bytes(str(tmp_path / "a::memory:"), b"1")
+    assert os.listdir(tmp_path) == ["a::memory:"]
+
+
+@pytest.mark.parametrize(
+    "name", ["", "/etc/passwd", "..", "a/../b", "a//b", "./a", "a/", "a\0b", "s3://x", "a::b", "a\\b", "a\nb", "\udcff"]
+)
+def test_names_from_data_never_leave_their_folder(name: str):
+    with pytest.raises(UsageError, match="the name"):
+        storage.join("/out", name)
+
+
+def test_join():
+    assert storage.join("/out", "a", "b/c.tar") == "/out/a/b/c.tar"
+    assert storage.join("/out/", "é ü") == "/out/é ü"
+    assert storage.join("memory://", "x") == "memory://x"
+    assert storage.join("s3://bucket/p") == "s3://bucket/p"
+
+
+@pytest.mark.parametrize(("protocol", "driver", "extra"), [("s3", "s3fs", "s3"), ("gs", "gcsfs", "gcs")])
+def test_a_missing_driver_names_the_extra(monkeypatch, protocol: str, driver: str, extra: str):
+    monkeypatch.delitem(_registry, protocol, raising=False)
+    monkeypatch.setitem(sys.modules, driver, None)
+    with pytest.raises(UsageError, match=rf"tarsift\[{extra}\]"):
+        storage.filesystem(f"{protocol}://bucket/x")
+
+
+def test_an_unknown_protocol_is_a_usage_error():
+    with pytest.raises(UsageError, match="nosuch"):
+        storage.filesystem("nosuch://x")
+
+
+class _FlakyFile(io.BytesIO):
+    """Breaks off in the middle of a file, each time it is opened."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.tell() >= FlakyFileSystem.breaks_at:
+            FlakyFileSystem.breaks_at += 2_000_000
+            raise ConnectionResetError("reset by peer")
+        return super().read(size)
+
+
+class FlakyFileSystem(MemoryFileSystem):
+    protocol = "flaky"
+    store: dict = {}  # noqa: RUF012 (as in its parent)
+    breaks_at = 1_500_000
+
+    def _open(self, path, mode="rb", **kwargs):
+        if mode != "rb":
+            return super()._open(path, mode, **kwargs)
+        return _FlakyFile(super()._open(path, mode).getvalue())
+
+
+def test_a_remote_read_goes_on_where_it_broke_off(monkeypatch):
+    fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    data = os.urandom(5_000_000)
+    storage.put_bytes("flaky://x", data)
+    assert storage.read_bytes("flaky://x") == data
+    assert FlakyFileSystem.breaks_at > 5_000_000  # it did break off
+    monkeypatch.setattr(_FlakyFile, "read", lambda self, size=-1: (_ for _ in ()).throw(ConnectionResetError("again")))
+    with pytest.raises(OSError, match=r"cannot read .* at byte 0: ConnectionResetError"):
+        storage.read_bytes("flaky://x")
