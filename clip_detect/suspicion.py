@@ -1,0 +1,228 @@
+"""`suspicion`: the default verdict score, which needs no guess of the poison rate.
+
+Every published density score has a k that must fit the rate. This rule does without: it scores at
+several large k to find out whom to distrust, throws the most suspicious tenth out of the *reference*,
+where poison could otherwise hide among itself, scores everything at small k against what is left, and
+averages the result over each image's neighbours among the suspects.
+
+1. Contaminated reference A: R random images; sl = max_k z(log SLOF_k), kd = max_k z(log d_k), k = R/32, R/16, R/8.
+2. Images whose rank by sl or by kd is in the top `purge_fraction` are purged; of the others, `banks` references
+   of R are drawn; P = mean over banks and k = R/128, R/64, R/32 of z(log SLOF_k).
+3. density S = z(P) + 2 z(sl).
+4. Enriched reference: the top `pool_fraction` by S and as many others; s_m = mean of S over x and its m nearest
+   there; suspicion = max(z(S), max_m z(s_m)).
+
+z is (v - median) / (1.4826 MAD), always with the median and MAD of a random *candidate sample* of the
+dump, which also provides A and the purified references. `fit_density` (steps 1 to 3, in `density`) and
+`fit_smoothing` (step 4) turn samples into small rules; a rule scores any batch on its own, with the same
+bits wherever and in whatever company a row is scored. Another rule is another function beside these.
+
+At scale: candidates are `smallest(keyed_hash(sha256s, key), config.candidates)`, the density of all images is
+one pass, the pool's cutoff one `TopFraction`, both samples for the enriched reference are merged from
+`draw_pool` of each part, and the final score is a second pass over embeddings and density.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Float64, Int64, UInt64
+
+from tarsift.clip_detect.density import DensityRule, SuspicionConfig, check_rule, fit_density
+from tarsift.clip_detect.neighbors import knn, unit_norm
+from tarsift.clip_detect.reference import keyed_hash, resalt, smallest
+from tarsift.clip_detect.threshold import TopFraction, median_mad, robust_z
+
+__all__ = [
+    "DensityRule",
+    "ScoredRows",
+    "SmoothingRule",
+    "SuspicionConfig",
+    "content_ids",
+    "draw_pool",
+    "fit_density",
+    "fit_smoothing",
+    "suspicion",
+]
+
+_ROWS = 4096  # scored at a time
+
+
+class ScoredRows(NamedTuple):
+    """Images with their density, for the second fit."""
+
+    embeddings: Float[np.ndarray, "n d"]
+    ids: UInt64[np.ndarray, " n"]
+    hashes: UInt64[np.ndarray, " n"]
+    density: Float32[np.ndarray, " n"]
+
+
+@dataclass(frozen=True)
+class SmoothingRule:
+    """Step 4, fitted: the enriched reference, and the medians and MADs (last axis) of the candidate sample."""
+
+    embeddings: Float32[np.ndarray, "E d"]  # unit norm
+    ids: UInt64[np.ndarray, " E"]
+    density: Float32[np.ndarray, " E"]
+    neighbors: tuple[int, ...]  # the m of `SuspicionConfig.smoothing` that are smaller than the reference
+    density_scale: Float64[np.ndarray, " 2"]
+    smooth_scale: Float64[np.ndarray, "m 2"]
+
+    def score(
+        self,
+        embeddings: Float[np.ndarray, "n d"],
+        ids: UInt64[np.ndarray, " n"],
+        density: Float32[np.ndarray, " n"],
+        *,
+        backend: str = "auto",
+        threads: int = 1,
+        device: str | None = None,
+    ) -> dict[str, Float32[np.ndarray, " n"]]:
+        """Score images: `suspicion`. density: as `DensityRule.score` gave it for the same rows."""
+        smooth = self._smooth(embeddings, ids, density, backend=backend, threads=threads, device=device)
+        own = robust_z(density, self.density_scale[0], self.density_scale[1])
+        around = robust_z(smooth, self.smooth_scale[:, 0], self.smooth_scale[:, 1]).max(axis=1)
+        return {"suspicion": np.maximum(own, around).astype(np.float32)}
+
+    def _smooth(
+        self, embeddings: np.ndarray, ids: np.ndarray, density: np.ndarray, *, backend: str, threads: int, device
+    ) -> Float64[np.ndarray, "n m"]:
+        """Mean density of each image and its m nearest in the enriched reference."""
+        out = np.empty((len(embeddings), len(self.neighbors)))
+        columns = np.array(self.neighbors) - 1
+        for start in range(0, len(embeddings), _ROWS):
+            part = slice(start, start + _ROWS)
+            near = knn(
+                unit_norm(embeddings[part]),
+                self.embeddings,
+                self.neighbors[-1],
+                query_ids=ids[part].astype(np.uint64),
+                reference_ids=self.ids,
+                backend=backend,
+                threads=threads,
+                device=device,
+            )
+            totals = np.cumsum(self.density[near.indices], axis=1, dtype=np.float64)[:, columns]
+            out[part] = (density[part].astype(np.float64)[:, None] + totals) / (columns + 2)
+        return out
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Return the rule as plain arrays (for `np.savez`) and a dict that json can write."""
+        return {name: getattr(self, name) for name in _ARRAYS}, {"rule": "smoothing-1", "neighbors": [*self.neighbors]}
+
+    @classmethod
+    def from_state(cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> SmoothingRule:
+        """Rebuild a rule from `state`, bit for bit."""
+        check_rule(settings, "smoothing-1")
+        return cls(neighbors=tuple(settings["neighbors"]), **{name: np.asarray(arrays[name]) for name in _ARRAYS})
+
+
+_ARRAYS = ("embeddings", "ids", "density", "density_scale", "smooth_scale")
+
+
+def draw_pool(
+    hashes: UInt64[np.ndarray, " n"], is_suspect: Bool[np.ndarray, " n"], config: SuspicionConfig
+) -> tuple[Int64[np.ndarray, " p"], Int64[np.ndarray, " r"]]:
+    """Return the rows that one part of the dump contributes to the pool of suspects and to the others.
+
+    At most `pool_size` each, by smallest hash; the draws of several parts, put together, are drawn from once more
+    by `fit_smoothing`. is_suspect: density at or above the cutoff of the top `pool_fraction`.
+    """
+    suspects, others = np.flatnonzero(is_suspect), np.flatnonzero(~is_suspect)
+    pool = suspects[smallest(resalt(hashes[suspects], "pool"), config.pool_size)]
+    return pool, others[smallest(resalt(hashes[others], "rest"), config.pool_size)]
+
+
+def fit_smoothing(
+    pool: ScoredRows,
+    rest: ScoredRows,
+    candidates: ScoredRows,
+    config: SuspicionConfig | None = None,
+    *,
+    backend: str = "auto",
+    threads: int = 1,
+    device: str | None = None,
+) -> SmoothingRule:
+    """Fit step 4. pool: suspects; rest: others (see `draw_pool`); candidates: the sample the density was fitted on.
+
+    The order of rows does not matter; as many of `rest` are used as there are in the pool.
+
+    Raises:
+        ValueError: pool or rest has too few rows to average over.
+    """
+    config = config or SuspicionConfig()
+    in_pool = smallest(resalt(pool.hashes, "pool"), config.pool_size)
+    in_rest = smallest(resalt(rest.hashes, "rest"), len(in_pool))
+    size = len(in_pool) + len(in_rest)
+    ms = tuple(sorted({m for m in config.smoothing if m < size}))
+    if not ms:
+        raise ValueError(
+            f"the enriched reference has {len(in_pool)} suspects and {len(in_rest)} others, too few for "
+            f"`smoothing`={config.smoothing}. Raise `pool_fraction` or score more data at once."
+        )
+    density = np.concatenate([pool.density[in_pool], rest.density[in_rest]]).astype(np.float32)
+    unscaled = SmoothingRule(
+        embeddings=unit_norm(np.concatenate([pool.embeddings[in_pool], rest.embeddings[in_rest]])),
+        ids=np.concatenate([pool.ids[in_pool], rest.ids[in_rest]]).astype(np.uint64),
+        density=density,
+        neighbors=ms,
+        density_scale=median_mad(candidates.density),
+        smooth_scale=np.zeros((len(ms), 2)),
+    )
+    smooth = unscaled._smooth(
+        candidates.embeddings, candidates.ids, candidates.density, backend=backend, threads=threads, device=device
+    )
+    return replace(unscaled, smooth_scale=median_mad(smooth))
+
+
+def content_ids(embeddings: Float[np.ndarray, "n d"]) -> UInt64[np.ndarray, " n"]:
+    """Identify rows by their bytes, where no hash of the images is at hand: equal embeddings are one image."""
+    rows = np.ascontiguousarray(embeddings)
+    return keyed_hash(rows.view(np.uint8).reshape(len(rows), -1), b"", "content")
+
+
+def suspicion(
+    embeddings: Float[np.ndarray, "n d"],
+    ids: UInt64[np.ndarray, " n"] | None = None,
+    *,
+    config: SuspicionConfig | None = None,
+    key: bytes = b"",
+    reference: tuple[Float[np.ndarray, "R d"], UInt64[np.ndarray, " R"]] | None = None,
+    backend: str = "auto",
+    threads: int = 1,
+    device: str | None = None,
+) -> dict[str, Float32[np.ndarray, " n"]]:
+    """Score a dump that fits into memory: the columns of `DensityRule.score` and `suspicion`.
+
+    embeddings: as an encoder *trained on this dump* gives them; one that was not has not learned the trigger.
+    ids: 64-bit hashes of the image content; by default rows with equal embeddings are one image. key: draws the
+    samples; the same key and data give the same bits, in any order of rows.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> x = rng.normal(size=(2000, 16)) @ rng.normal(size=(16, 64))
+        >>> x[:20] = rng.normal(size=64) * 4 + rng.normal(size=(20, 64)) / 2
+        >>> bool(suspicion(x)["suspicion"][:20].min() > np.quantile(suspicion(x)["suspicion"], 0.98))
+        True
+    """
+    config = config or SuspicionConfig()
+    own = content_ids(embeddings) if ids is None else ids.astype(np.uint64)
+    hashes = keyed_hash(own.view(np.uint8).reshape(len(own), 8), key, "reference")
+    options = {"backend": backend, "threads": threads, "device": device}
+    chosen = smallest(hashes, config.candidates)
+    rule = fit_density(embeddings[chosen], own[chosen], hashes[chosen], config, reference=reference, **options)
+    columns = rule.score(embeddings, own, **options)
+    density = columns["density"]
+    top = TopFraction.start(config.pool_fraction)
+    while not top.done:
+        top = top.add(density, hashes).next_round()
+    pool, rest = draw_pool(hashes, top.finish().mask(density, hashes), config)
+
+    def take(rows: np.ndarray) -> ScoredRows:
+        return ScoredRows(embeddings[rows], own[rows], hashes[rows], density[rows])
+
+    smoothing = fit_smoothing(take(pool), take(rest), take(chosen), config, **options)
+    return columns | smoothing.score(embeddings, own, density, **options)
