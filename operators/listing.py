@@ -60,10 +60,10 @@ def list_shards(inputs: str | Sequence[str], *, root: str | None = None) -> list
     for text in map(os.fspath, given):
         for url in _expand_braces(text):
             fs, path = storage.filesystem(url)
-            if _is_shard(path):
-                explicit.append((fs, path, text))
-            elif _MAGIC.search(path) and not fs.exists(path):
+            if _MAGIC.search(path) and not fs.exists(path):
                 found += _glob(fs, path, text)
+            elif path.lower().endswith(SUFFIXES):
+                explicit.append((fs, path, text))
             else:
                 found += _folder(fs, path, text)
     found += _files(explicit, many=len(given) > 1)
@@ -73,10 +73,6 @@ def list_shards(inputs: str | Sequence[str], *, root: str | None = None) -> list
             f"the inputs lie in different stores: {' and '.join(map(repr, stores.values()))}; run them apart"
         )
     return _name(found, root)
-
-
-def _is_shard(path: str) -> bool:
-    return path.lower().endswith(SUFFIXES) and not _MAGIC.search(path)
 
 
 def _expand_braces(text: str) -> list[str]:
@@ -102,7 +98,7 @@ def _glob(fs: fsspec.AbstractFileSystem, path: str, given: str) -> list[_Found]:
     for name, info in infos.items():
         if info.get("type") == "directory":
             found += [_Found(fs, file, size, base, given) for file, size in storage.find(fs, name, SUFFIXES).items()]
-        elif _is_shard(name) or name.lower().endswith(SUFFIXES):
+        elif name.lower().endswith(SUFFIXES):
             found.append(_Found(fs, name, int(info.get("size") or 0), base, given))
     found = [item for item in found if not _is_hidden(item.path)]
     if not found:
