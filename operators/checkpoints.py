@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import torch
 
+from tarsift.operators import storage
 from tarsift.operators.errors import TarsiftError, UsageError
 
 CHECKPOINT_FORMAT = "tarsift-encoder"
@@ -67,11 +67,8 @@ def save_checkpoint(
         "seed": seed,
         "extra": dict(extra or {}),
     }
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    fs, path = fsspec.core.url_to_fs(str(url))
-    fs.makedirs(fs._parent(path), exist_ok=True)
-    fs.pipe_file(path, buffer.getvalue())
+    with storage.open_write(str(url)) as file:
+        torch.save(content, file)
 
 
 def load_checkpoint(url: str | Path) -> Checkpoint:
@@ -97,19 +94,6 @@ def load_checkpoint(url: str | Path) -> Checkpoint:
         raise TarsiftError(f"{url} is an encoder file without {error}: it is damaged. Train it again.") from error
 
 
-def read_bytes(url: str) -> bytes:
-    """Read a whole file of any fsspec URL.
-
-    Raises:
-        UsageError: if there is no such file.
-    """
-    try:
-        with fsspec.open(url, "rb") as file:
-            return file.read()  # pyright: ignore[reportAttributeAccessIssue]
-    except FileNotFoundError as error:
-        raise UsageError(f"there is no file {url!r}.") from error
-
-
 def load_tensors(url: str) -> Any:
     """Read tensors and plain types, and nothing else, from a torch or safetensors file.
 
@@ -117,7 +101,10 @@ def load_tensors(url: str) -> Any:
         UsageError: if there is no such file.
         TarsiftError: if it is damaged, or holds anything else.
     """
-    data = read_bytes(url)
+    try:
+        data = storage.read_bytes(url)
+    except FileNotFoundError as error:
+        raise UsageError(f"there is no file {url!r}.") from error
     try:
         if url.endswith(".safetensors"):
             from safetensors.torch import load

@@ -18,20 +18,19 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import open_clip
 import torch
 from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import PreprocessCfg
 from timm.models import byobnet, register_model
 
+from tarsift.operators import storage
 from tarsift.operators.checkpoints import (
     Checkpoint,
     find_state_dict,
     load_checkpoint,
     load_tensors,
     load_weights,
-    read_bytes,
     save_checkpoint,
 )
 from tarsift.operators.errors import UsageError
@@ -42,9 +41,11 @@ __all__ = [
     "Checkpoint",
     "LoadedEncoder",
     "build_model",
+    "build_tokenizer",
     "load_checkpoint",
     "load_encoder",
     "model_config",
+    "preprocessing",
     "save_checkpoint",
     "weights_sha256",
 ]
@@ -58,18 +59,17 @@ MODEL_CONFIGS: tuple[str, ...] = tuple(
 
 
 @register_model
-def tarsift_conv4(pretrained: bool = False, **kwargs: Any) -> byobnet.ByobNet:
-    """Build timm's ByobNet as four halvings of a 32-pixel image, for the model `tiny`."""
-    widths = (32, 64, 128)
+def tarsift_repvgg4(pretrained: bool = False, **kwargs: Any) -> byobnet.ByobNet:
+    """Build timm's ByobNet as four RepVGG blocks that halve a 32-pixel image to 2 x 2, for the model `tiny`."""
     config = byobnet.ByoModelCfg(
-        blocks=tuple(byobnet.ByoBlockCfg(type="edge", d=1, c=c, s=2, gs=0, br=0.5) for c in widths),
+        blocks=tuple(byobnet.ByoBlockCfg(type="rep", d=1, c=width, s=2, gs=0) for width in (32, 64, 128)),
+        stem_type="rep",
         stem_chs=16,
         stem_pool="",
-        downsample="",
     )
     kwargs = {k: v for k, v in kwargs.items() if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
     model = byobnet.ByobNet(config, **kwargs)
-    default_cfg: Any = {"input_size": (3, 32, 32), "pool_size": (2, 2), "first_conv": "stem.conv"}
+    default_cfg: Any = {"input_size": (3, 32, 32), "pool_size": (2, 2), "first_conv": "stem.conv_kxk.conv"}
     model.default_cfg = default_cfg
     return model
 
@@ -112,7 +112,9 @@ def model_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         return json.loads((_CONFIG_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     if name.endswith(".json"):
         try:
-            return _checked_config(json.loads(read_bytes(name).decode("utf-8")), name)
+            return _checked_config(json.loads(storage.read_bytes(name)), name)
+        except FileNotFoundError as error:
+            raise UsageError(f"there is no model config {name!r}.") from error
         except ValueError as error:
             raise UsageError(f"{name} is not a JSON file: {error}") from error
     found = open_clip.get_model_config(name.replace("/", "-"))
@@ -150,6 +152,22 @@ def build_model(config: str | Path | Mapping[str, Any], *, seed: int | None) -> 
             raise UsageError(f"the model config does not describe a model that can be built: {error}") from error
 
 
+def build_tokenizer(config: Mapping[str, Any], name: str = "") -> Callable[[list[str]], torch.Tensor]:
+    """Return the tokenizer that a config asks for: open_clip's byte-pair encoding unless it names another."""
+    text = config["text_cfg"]
+    length = text.get("context_length", 77)
+    if "siglip" in name.lower():
+        return open_clip.get_tokenizer(name)
+    if text.get("hf_tokenizer_name"):
+        return HFTokenizer(text["hf_tokenizer_name"], context_length=length, **text.get("tokenizer_kwargs") or {})
+    return open_clip.SimpleTokenizer(context_length=length, **text.get("tokenizer_kwargs") or {})
+
+
+def preprocessing(config: Mapping[str, Any]) -> PreprocessCfg:
+    """Return how a model's images are prepared: what its config says, and open_clip's defaults for the rest."""
+    return PreprocessCfg(**config.get("preprocess_cfg", {}))
+
+
 def load_encoder(
     spec: str, *, device: str | torch.device = "cpu", precision: str = "fp32", allow_random: bool = False
 ) -> LoadedEncoder:
@@ -180,7 +198,9 @@ def load_encoder(
                 f"Give weights, as in {spec}:FILE or {spec}:TAG, or train one with `tarsift pretrain`."
             )
         config = model_config(source)
-        encoder = _describe(build_model(config, seed=0), config, f"{spec} (random weights)", _tokenizer(config, source))
+        encoder = _describe(
+            build_model(config, seed=0), config, f"{spec} (random weights)", build_tokenizer(config, source)
+        )
     elif weights is None:
         encoder = _from_checkpoint(load_checkpoint(_existing(spec)), spec)
     elif weights in open_clip.list_pretrained_tags_by_model(source):
@@ -204,7 +224,7 @@ def weights_sha256(model: torch.nn.Module) -> str:
 def _from_checkpoint(checkpoint: Checkpoint, spec: str) -> LoadedEncoder:
     model = build_model(checkpoint.config, seed=0)
     load_weights(model, checkpoint.state_dict, spec)
-    encoder = _describe(model, checkpoint.config, spec, _tokenizer(checkpoint.config, ""))
+    encoder = _describe(model, checkpoint.config, spec, build_tokenizer(checkpoint.config))
     encoder.trained_on, encoder.steps = checkpoint.shards, checkpoint.steps
     return encoder
 
@@ -213,7 +233,7 @@ def _from_weights(source: str, url: str, spec: str) -> LoadedEncoder:
     config = model_config(source)
     model = build_model(config, seed=0)
     load_weights(model, find_state_dict(load_tensors(url), url), url)
-    return _describe(model, config, spec, _tokenizer(config, source))
+    return _describe(model, config, spec, build_tokenizer(config, source))
 
 
 def _published(name: str, tag: str | None) -> LoadedEncoder:
@@ -238,7 +258,7 @@ def _describe(
         raise UsageError(f"{name} takes images of {height} x {width} pixels; only square ones are supported.")
     with torch.inference_mode():
         embed_dim = model.eval().encode_image(torch.zeros(1, 3, height, width)).shape[-1]
-    preprocess = PreprocessCfg(**config.get("preprocess_cfg", {}))
+    preprocess = preprocessing(config)
     return LoadedEncoder(
         model=model,
         tokenizer=tokenizer,
@@ -290,8 +310,7 @@ def _existing(url: str, *, architecture: str | None = None) -> str:
     """Return `url` if it is a file, else say what else the spec could have meant."""
     if architecture is not None and not _is_architecture(architecture):
         raise UsageError(_unknown_model(architecture))
-    fs, path = fsspec.core.url_to_fs(url)
-    if fs.isfile(path):
+    if storage.exists(url):
         return url
     if architecture is not None:
         tags = open_clip.list_pretrained_tags_by_model(architecture)
@@ -300,14 +319,3 @@ def _existing(url: str, *, architecture: str | None = None) -> str:
     if "/" in url or "." in url:
         raise UsageError(f"there is no encoder file {url!r}.")
     raise UsageError(_unknown_model(url))
-
-
-def _tokenizer(config: Mapping[str, Any], name: str) -> Callable[[list[str]], torch.Tensor]:
-    """Return the tokenizer that a config asks for: open_clip's byte-pair encoding unless it names another."""
-    text = config["text_cfg"]
-    length = text.get("context_length", 77)
-    if "siglip" in name.lower():
-        return open_clip.get_tokenizer(name)
-    if text.get("hf_tokenizer_name"):
-        return HFTokenizer(text["hf_tokenizer_name"], context_length=length, **text.get("tokenizer_kwargs") or {})
-    return open_clip.SimpleTokenizer(context_length=length, **text.get("tokenizer_kwargs") or {})
