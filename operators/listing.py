@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import fsspec
@@ -19,6 +19,7 @@ from tarsift.operators.errors import UsageError
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 MAX_EXPANSION = 1_000_000
 
+_RANGE = re.compile(r"\{(-?\d{1,18})\.\.(-?\d{1,18})(?=\.\.|\})")
 _MAGIC = re.compile(r"[*?\[]")
 _LOOKED_FOR = "files ending in " + ", ".join(SUFFIXES[:-1]) + f" or {SUFFIXES[-1]}"
 _QUOTE = "If the shell expanded a brace pattern or a glob, put it in quotes: tarsift expands it itself."
@@ -80,13 +81,14 @@ def _expand_braces(text: str) -> list[str]:
         raise UsageError(f"{text!r}: pipes are not run; give the path or URL that the command reads")
     if "{" not in text or (storage.is_local(text) and os.path.exists(text)):
         return [text]
+    # Counted first: braceexpand makes every number of a range before it gives the first.
+    paths = math.prod(abs(int(last) - int(first)) + 1 for first, last in _RANGE.findall(text))
+    if paths > MAX_EXPANSION:
+        raise UsageError(f"{text!r} stands for {paths} paths, over {MAX_EXPANSION}; give a narrower range or a folder")
     try:
-        urls = list(islice(braceexpand(text, escape=False), MAX_EXPANSION + 1))
+        return list(braceexpand(text, escape=False))
     except ValueError as error:
         raise UsageError(f"{text!r}: braces are not balanced; write for instance {{00000..00331}}") from error
-    if len(urls) > MAX_EXPANSION:
-        raise UsageError(f"{text!r} stands for over {MAX_EXPANSION} paths; give a narrower range or a folder")
-    return urls
 
 
 def _glob(fs: fsspec.AbstractFileSystem, path: str, given: str) -> list[_Found]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tarsift.operators import listing, storage
+from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
 from tarsift.operators.listing import Shard, list_shards
 
@@ -114,10 +114,10 @@ def test_usage_errors_say_what_was_looked_for(folder: Path, inputs, says: str):
         list_shards(given)
 
 
-def test_a_brace_pattern_of_too_many_paths_is_refused(monkeypatch):
-    monkeypatch.setattr(listing, "MAX_EXPANSION", 1000)
-    with pytest.raises(UsageError, match="over 1000 paths"):
-        list_shards("{0..999999999}.tar")
+@pytest.mark.parametrize("pattern", ["{0..999999999}.tar", "{000..999}/{0..999}/{1..2}.tar"])
+def test_a_brace_pattern_of_too_many_paths_is_refused(pattern: str):
+    with pytest.raises(UsageError, match=r"stands for \d+ paths, over 1000000"):
+        list_shards(pattern)
 
 
 def test_two_stores_at_once_are_refused(folder: Path):
