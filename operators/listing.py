@@ -19,7 +19,7 @@ from tarsift.operators.errors import UsageError
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 MAX_EXPANSION = 1_000_000
 
-_RANGE = re.compile(r"\{(-?\d{1,18})\.\.(-?\d{1,18})(?=\.\.|\})")
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?=\.\.|\})")
 _MAGIC = re.compile(r"[*?\[]")
 _LOOKED_FOR = "files ending in " + ", ".join(SUFFIXES[:-1]) + f" or {SUFFIXES[-1]}"
 _QUOTE = "If the shell expanded a brace pattern or a glob, put it in quotes: tarsift expands it itself."

@@ -114,7 +114,9 @@ def test_usage_errors_say_what_was_looked_for(folder: Path, inputs, says: str):
         list_shards(given)
 
 
-@pytest.mark.parametrize("pattern", ["{0..999999999}.tar", "{000..999}/{0..999}/{1..2}.tar"])
+@pytest.mark.parametrize(
+    "pattern", ["{0..999999999}.tar", "{0..999999999999999999999999}.tar", "{000..999}/{0..999}/{1..2}.tar"]
+)
 def test_a_brace_pattern_of_too_many_paths_is_refused(pattern: str):
     with pytest.raises(UsageError, match=r"stands for \d+ paths, over 1000000"):
         list_shards(pattern)
