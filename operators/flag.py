@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
@@ -111,12 +112,20 @@ class Flag:
         return table
 
 
-def judged(table: pa.Table, config: FlagConfig, quarantined: frozenset[str] = frozenset()) -> np.ndarray:
-    """Mask (n,) of the rows that the policy judges: scored, and not put aside for an error."""
-    scored = np.asarray(table[config.score].combine_chunks().is_valid())
-    keep = np.array([config.keeps(error) for error in table["error"].to_pylist()], bool)
-    here = np.array([shard not in quarantined for shard in table["shard"].to_pylist()], bool)
-    return scored & keep & here
+@dataclass(frozen=True)
+class Judged:
+    """From a table to the mask (n,) of the rows that a policy judges: scored, and not put aside for an error."""
+
+    config: FlagConfig
+    quarantined: frozenset[str] = frozenset()
+
+    columns = ("shard", "error")
+
+    def __call__(self, table: pa.Table) -> np.ndarray:
+        scored = np.asarray(table[self.config.score].combine_chunks().is_valid())
+        keep = np.array([self.config.keeps(error) for error in table["error"].to_pylist()], bool)
+        here = np.array([shard not in self.quarantined for shard in table["shard"].to_pylist()], bool)
+        return scored & keep & here
 
 
 def unscorable(error: str | None) -> bool:

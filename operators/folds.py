@@ -6,14 +6,16 @@ A fold is `init() -> state`, `add(state, table) -> state`, `merge(a, b) -> state
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from tarsift.clip_detect.reference import keyed_hash
-from tarsift.clip_detect.threshold import TopFraction
-from tarsift.operators.flag import FlagConfig, judged, unscorable
+from tarsift.clip_detect.reference import keyed_hash, resalt
+from tarsift.clip_detect.threshold import Cutoff, TopFraction
+from tarsift.operators.flag import unscorable
 from tarsift.operators.schema import matrix
 
 
@@ -28,14 +30,24 @@ class Fold(Protocol):
     def finish(self, state: Any) -> Any: ...
 
 
-def content_hashes(table: pa.Table, key: bytes, salt: str) -> np.ndarray:
-    """Keyed hash (n,) uint64 of `image_sha256`; 0 where there is none."""
+def identities(table: pa.Table, key: bytes) -> np.ndarray:
+    """Keyed hash (n,) uint64 of `image_sha256`: what counts as the same image; 0 where there is none."""
     digests = table["image_sha256"].to_pylist()
     out = np.zeros(len(digests), np.uint64)
     present = [i for i, digest in enumerate(digests) if digest is not None]
     if present:
-        out[present] = keyed_hash([digests[i] for i in present], key, salt)
+        out[present] = keyed_hash([digests[i] for i in present], key, "identity")
     return out
+
+
+def drawing_hashes(ids: np.ndarray, key: bytes) -> np.ndarray:
+    """Keyed hash (n,) uint64 of identities, by which samples are drawn; the same as in `suspicion()`."""
+    return keyed_hash(ids.view(np.uint8).reshape(len(ids), 8), key, "reference") if len(ids) else ids
+
+
+def content_hashes(table: pa.Table, key: bytes, salt: str = "") -> np.ndarray:
+    """Drawing hashes (n,) uint64 of a table's images; a salt gives an unrelated draw."""
+    return salted(drawing_hashes(identities(table, key), key), salt)
 
 
 def row_hashes(table: pa.Table, key: bytes) -> np.ndarray:
@@ -52,22 +64,40 @@ def scorable(table: pa.Table) -> np.ndarray:
     return np.array([not unscorable(error) for error in table["error"].to_pylist()], bool)
 
 
-class SmallestHashes:
-    """Fold: the `count` smallest distinct content hashes of the scorable rows, ascending (uint64).
+@dataclass(frozen=True)
+class Side:
+    """The scored rows at or above a cutoff of a score column, or those below it."""
 
-    With `where`, only rows whose column lies on one side of a cutoff take part.
+    score: str
+    cutoff: float
+    above: bool
+
+    def mask(self, table: pa.Table) -> np.ndarray:
+        """Mask (n,) of the scored rows on this side."""
+        column = table[self.score].combine_chunks()
+        scores = np.asarray(column.fill_null(0.0).to_numpy(zero_copy_only=False), np.float32)
+        return np.asarray(column.is_valid()) & ((scores >= np.float32(self.cutoff)) == self.above)
+
+
+class SmallestHashes:
+    """Fold: the `count` smallest distinct drawing hashes of the scorable rows, ascending (uint64).
+
+    Args:
+        salt: of the draw; different salts give unrelated samples. Empty for the hashes as they are.
+        side: only rows on this side take part.
     """
 
-    def __init__(self, count: int, *, key: bytes, salt: str, where: tuple[str, float, bool] | None = None):
-        self.count, self.key, self.salt, self.where = count, key, salt, where
-        self.columns = ("image_sha256", "error") + ((where[0],) if where else ())
+    def __init__(self, count: int, *, key: bytes, salt: str = "", side: Side | None = None):
+        self.count, self.key, self.salt, self.side = count, key, salt, side
+        self.columns = ("image_sha256", "error", *((side.score,) if side else ()))
 
     def init(self) -> np.ndarray:
         return np.zeros(0, np.uint64)
 
     def add(self, state: np.ndarray, table: pa.Table) -> np.ndarray:
-        mask = scorable(table) & side(table, self.where)
-        return self.merge(state, content_hashes(table.filter(pa.array(mask)), self.key, self.salt))
+        hashes = content_hashes(table, self.key)
+        mask = scorable(table) & (self.side.mask(table) if self.side else True)
+        return self.merge(state, salted(hashes[mask], self.salt))
 
     def merge(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.unique(np.concatenate([a, b]))[: self.count]
@@ -76,48 +106,49 @@ class SmallestHashes:
         return state
 
 
-def side(table: pa.Table, where: tuple[str, float, bool] | None) -> np.ndarray:
-    """Mask (n,) of the rows whose column is at or above (True) or below (False) a cutoff."""
-    if where is None:
-        return np.ones(len(table), bool)
-    name, cutoff, above = where
-    values = np.asarray(table[name].combine_chunks().fill_null(np.nan).to_numpy(zero_copy_only=False))
-    return values >= cutoff if above else values < cutoff
+def salted(hashes: np.ndarray, salt: str) -> np.ndarray:
+    """Derive another draw from hashes (n,); the same one for an empty salt."""
+    return resalt(hashes, salt) if salt else hashes
 
 
 class FetchRows:
-    """Fold: the rows whose content hash is at most `cutoff`, once per distinct image, by ascending hash.
+    """Fold: the rows whose (salted) drawing hash is at most `largest`, once per distinct image, by ascending hash.
 
-    Finishes to a dict: `hashes` (n,), `ids` (n,) uint64, `embeddings` (n, d) float32 and, for each
-    of `extra`, a float32 column (n,).
+    Finishes to a dict: `hashes` (the unsalted ones) and `ids` (n,) uint64, `embeddings` (n, d) float32
+    and, for each of `extra`, a float32 column (n,); an empty dict if there are none.
     """
 
     def __init__(
         self,
-        cutoff: int,
+        largest: int,
         *,
         key: bytes,
-        salt: str,
-        where: tuple[str, float, bool] | None = None,
+        salt: str = "",
+        side: Side | None = None,
         extra: tuple[str, ...] = (),
         embedding: str = "image_embedding",
     ):
-        self.cutoff, self.key, self.salt, self.where, self.extra = np.uint64(cutoff), key, salt, where, extra
+        self.largest, self.key, self.salt, self.side, self.extra = np.uint64(largest), key, salt, side, extra
         self.embedding = embedding
-        self.columns = ("image_sha256", "error", embedding, *extra, *((where[0],) if where else ()))
+        names = ("shard", "row", "image_sha256", "error", embedding, *extra, *((side.score,) if side else ()))
+        self.columns = tuple(dict.fromkeys(names))
 
     def init(self) -> dict[str, np.ndarray]:
         return {}
 
     def add(self, state: dict[str, np.ndarray], table: pa.Table) -> dict[str, np.ndarray]:
-        hashes = content_hashes(table, self.key, self.salt)
-        mask = scorable(table) & side(table, self.where) & (hashes <= self.cutoff)
+        ids = identities(table, self.key)
+        hashes = drawing_hashes(ids, self.key)
+        mask = scorable(table) & (salted(hashes, self.salt) <= self.largest)
+        if self.side:
+            mask &= self.side.mask(table)
         if not mask.any():
             return state
         chosen = table.filter(pa.array(mask))
         new = {
             "hashes": hashes[mask],
-            "ids": content_hashes(chosen, self.key, "identity"),
+            "rows": row_hashes(chosen, self.key),
+            "ids": ids[mask],
             "embeddings": matrix(chosen[self.embedding])[0].astype(np.float32),
         }
         for name in self.extra:
@@ -127,14 +158,16 @@ class FetchRows:
     def merge(self, a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if not a or not b:
             return a or b
-        hashes, first = np.unique(np.concatenate([a["hashes"], b["hashes"]]), return_index=True)
-        return {"hashes": hashes} | {n: np.concatenate([a[n], b[n]])[first] for n in a if n != "hashes"}
+        return self._distinct({name: np.concatenate([a[name], b[name]]) for name in a})
 
     def finish(self, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        if not state:
-            return state
-        _, first = np.unique(state["hashes"], return_index=True)
-        return {name: values[first] for name, values in state.items()}
+        return {name: values for name, values in self._distinct(state).items() if name != "rows"} if state else state
+
+    def _distinct(self, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        # Of copies the row of smallest row hash is taken, whichever came first.
+        order = np.lexsort((state["rows"], state["hashes"]))
+        _, first = np.unique(state["hashes"][order], return_index=True)
+        return {name: values[order[first]] for name, values in state.items()}
 
 
 class CountDuplicates:
@@ -154,7 +187,7 @@ class CountDuplicates:
 
     def add(self, state: tuple[np.ndarray, np.ndarray], table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
         present = table.filter(table["image_sha256"].is_valid())
-        ids = content_hashes(present, self.key, "identity")
+        ids = identities(present, self.key)
         ids = ids[ids % np.uint64(self.partitions) == self.partition]
         return self.merge(state, (ids, np.ones(len(ids), np.int32)))
 
@@ -173,47 +206,55 @@ class CountDuplicates:
 class SelectTop:
     """Fold: one round of the exact selection of the highest fraction (see `threshold.TopFraction`).
 
-    Looks only at the rows that the policy judges; ties are broken by a keyed hash of (shard, row).
+    Args:
+        selection: the state after the rounds before.
+        score: column that is selected by.
+        judged: from a table to the mask (n,) of the rows that take part.
+        hashes: from a table to the (n,) uint64 that break ties.
+        columns: what `judged` and `hashes` look at.
     """
 
     def __init__(
-        self, selection: TopFraction, config: FlagConfig, *, key: bytes, quarantined: frozenset[str] = frozenset()
+        self,
+        selection: TopFraction,
+        score: str,
+        *,
+        judged: Callable[[pa.Table], np.ndarray],
+        hashes: Callable[[pa.Table], np.ndarray],
+        columns: tuple[str, ...],
     ):
-        self.selection, self.config, self.key, self.quarantined = selection, config, key, quarantined
-        self.columns = ("shard", "row", "error", config.score)
+        self.selection, self.score, self.judged, self.hashes = selection, score, judged, hashes
+        self.columns = tuple(dict.fromkeys((score, *columns)))
 
-    def init(self) -> Any:
-        return self.selection.init()
+    def init(self) -> TopFraction:
+        return self.selection
 
-    def add(self, state: Any, table: pa.Table) -> Any:
-        mask = judged(table, self.config, self.quarantined)
-        chosen = table.filter(pa.array(mask))
-        scores = np.asarray(chosen[self.config.score].combine_chunks(), np.float32)
-        return self.selection.add(state, scores, row_hashes(chosen, self.key))
+    def add(self, state: TopFraction, table: pa.Table) -> TopFraction:
+        chosen = table.filter(pa.array(self.judged(table)))
+        return state.add(np.asarray(chosen[self.score].combine_chunks(), np.float32), self.hashes(chosen))
 
-    def merge(self, a: Any, b: Any) -> Any:
-        return self.selection.merge(a, b)
+    def merge(self, a: TopFraction, b: TopFraction) -> TopFraction:
+        return a.merge(b)
 
-    def finish(self, state: Any) -> Any:
-        return self.selection.next_round(state)
+    def finish(self, state: TopFraction) -> TopFraction:
+        return state.next_round()
 
 
 class CountNear:
-    """Fold: (rows within one unit in the last place of a cutoff, rows judged)."""
+    """Fold: (judged rows within one unit in the last place of a cutoff, rows judged)."""
 
-    def __init__(self, config: FlagConfig, cutoff: float, quarantined: frozenset[str]):
-        self.config, self.quarantined = config, quarantined
-        self.low = np.nextafter(np.float32(cutoff), np.float32(-np.inf))
-        self.high = np.nextafter(np.float32(cutoff), np.float32(np.inf))
-        self.columns = ("shard", "row", "error", config.score)
+    def __init__(
+        self, cutoff: float, score: str, *, judged: Callable[[pa.Table], np.ndarray], columns: tuple[str, ...]
+    ):
+        self.cutoff, self.score, self.judged = Cutoff(cutoff, 0, 0, 0), score, judged
+        self.columns = tuple(dict.fromkeys((score, *columns)))
 
     def init(self) -> tuple[int, int]:
         return 0, 0
 
     def add(self, state: tuple[int, int], table: pa.Table) -> tuple[int, int]:
-        chosen = table.filter(pa.array(judged(table, self.config, self.quarantined)))
-        scores = np.asarray(chosen[self.config.score].combine_chunks(), np.float32)
-        return state[0] + int(((scores >= self.low) & (scores <= self.high)).sum()), state[1] + len(scores)
+        scores = np.asarray(table.filter(pa.array(self.judged(table)))[self.score].combine_chunks(), np.float32)
+        return state[0] + self.cutoff.near(scores), state[1] + len(scores)
 
     def merge(self, a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
         return a[0] + b[0], a[1] + b[1]

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from tarsift.clip_detect.suspicion import DensityRule, SmoothingRule
-from tarsift.operators.folds import content_hashes, scorable
+from tarsift.operators.folds import identities, scorable
 from tarsift.operators.schema import append, as_table, matrix
 
 
@@ -40,7 +40,7 @@ class ScoreDensity:
         mask = _scored(table, self.embedding)
         chosen = table.filter(pa.array(mask))
         embeddings = matrix(chosen[self.embedding])[0].astype(np.float32)
-        columns = self.rule.score(embeddings, content_hashes(chosen, self.key, "identity"), **self.search)
+        columns = self.rule.score(embeddings, identities(chosen, self.key), **self.search)
         table = table.drop_columns([self.embedding])
         return append(table, {name: spread(values, mask) for name, values in columns.items()})
 
@@ -70,7 +70,7 @@ class SmoothScores:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         table = as_table(batch)
-        ids = content_hashes(table, self.key, "identity")
+        ids = identities(table, self.key)
         mask = _scored(table, self.embedding)
         chosen = table.filter(pa.array(mask))
         embeddings = matrix(chosen[self.embedding])[0].astype(np.float32)

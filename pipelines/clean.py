@@ -17,8 +17,9 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from tarsift.operators import storage
-from tarsift.operators.encoder import EncoderConfig, EncoderInfo, encoder_regime
+from tarsift.operators.encoder import EncoderConfig, EncoderInfo
 from tarsift.operators.errors import ChangedError, ErrorRateError, TarsiftError, UsageError
+from tarsift.operators.regime import encoder_regime
 from tarsift.operators.schema import SCHEMA_VERSION
 from tarsift.operators.shards import Shard, list_shards
 from tarsift.pipelines import embed as embedding
@@ -342,8 +343,9 @@ def result_of(run: Run, start: float, report: str | None) -> CleanResult:
     counts = run.content.get("counts", {})
     if counts.get("read") and counts["errored"] / counts["read"] > run.config.max_error_rate:
         raise ErrorRateError(
-            f"{counts['errored']} of {counts['read']} samples ({counts['errored'] / counts['read']:.1%}) carry an error, "
-            f"over max_error_rate={run.config.max_error_rate:g}; the result in {run.out} is complete. See the errors in its report."
+            f"{counts['errored']} of {counts['read']} samples ({counts['errored'] / counts['read']:.1%}) carry "
+            f"an error, over max_error_rate={run.config.max_error_rate:g}; the result in {run.out} is complete. "
+            "See the errors in its report."
         )
     return CleanResult(run.out, counts, run.content.get("passes", {}), report, time.monotonic() - start)
 

@@ -19,7 +19,7 @@ from tarsift.pipelines.progress import Listener, RichBars, listener_for
 
 app = typer.Typer(
     name="tarsift",
-    help="Find poisoned samples in image-text dumps stored as WebDataset shards, and write a cleaned dump with the evidence.",
+    help="Find poisoned samples in image-text dumps (WebDataset shards), and write a cleaned dump with the evidence.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -32,27 +32,60 @@ INPUT, VERDICT, SPREAD, SETTINGS = "Input", "Verdict", "How the work is spread (
 
 Shards = Annotated[
     list[str],
-    typer.Argument(metavar="SHARDS...", help="Paths, globs, brace patterns, folders or URLs of .tar or .tar.gz shards.", show_default=False),
+    typer.Argument(
+        metavar="SHARDS...",
+        help="Paths, globs, brace patterns, folders or URLs of .tar or .tar.gz shards.",
+        show_default=False,
+    ),
 ]
 OutFolder = Annotated[str, typer.Argument(metavar="OUT", help="A result folder.", show_default=False)]
-OutOption = Annotated[str, typer.Option("--out", "-o", metavar="OUT", help="Result folder, local or a URL such as s3://bucket/clean.", show_default=False)]
+OutOption = Annotated[
+    str,
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="OUT",
+        help="Result folder, local or a URL such as s3://bucket/clean.",
+        show_default=False,
+    ),
+]
 Encoder = Annotated[
     list[str] | None,
     typer.Option(
         "--encoder", metavar="detect=MODEL", rich_help_panel=INPUT, show_default=False,
-        help="CLIP trained on this dump: enc.pt of `pretrain`, RN50:/models/cc3m.pt, ViT-B-32:laion2b_s34b_b79k or hf-hub:org/name.",
+        help="CLIP trained on this dump: enc.pt of `pretrain`, RN50:/models/cc3m.pt, ViT-B-32:TAG or hf-hub:org/name.",
     ),
 ]  # fmt: skip
-ConfigFile = Annotated[str | None, typer.Option("--config", metavar="FILE", help="YAML file with settings.", rich_help_panel=SETTINGS)]
+ConfigFile = Annotated[
+    str | None, typer.Option("--config", metavar="FILE", help="YAML file with settings.", rich_help_panel=SETTINGS)
+]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="a.b=c", help="One setting, e.g. suspicion.purge_fraction=0.2; may be repeated.", rich_help_panel=SETTINGS),
+    typer.Option(
+        "--set",
+        metavar="a.b=c",
+        help="One setting, e.g. suspicion.purge_fraction=0.2; may be repeated.",
+        rich_help_panel=SETTINGS,
+    ),
 ]
-Captions = Annotated[str | None, typer.Option(metavar="txt|json:FIELD", help="Where captions are.", rich_help_panel=INPUT)]
-Fraction = Annotated[float | None, typer.Option(min=0, max=1, help="Flag this fraction of highest suspicion (default 0.05).", rich_help_panel=VERDICT)]
-MinScore = Annotated[float | None, typer.Option("--min-score", help="Flag scores of at least this instead.", rich_help_panel=VERDICT)]
-MinZ = Annotated[float | None, typer.Option("--min-z", help="Flag robust z-scores of at least this instead.", rich_help_panel=VERDICT)]
-By = Annotated[str | None, typer.Option("--by", metavar="SCORE", help="Score column to flag by (default suspicion).", rich_help_panel=VERDICT)]
+Captions = Annotated[
+    str | None, typer.Option(metavar="txt|json:FIELD", help="Where captions are.", rich_help_panel=INPUT)
+]
+Fraction = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Flag this fraction of highest suspicion (default 0.05).", rich_help_panel=VERDICT),
+]
+MinScore = Annotated[
+    float | None, typer.Option("--min-score", help="Flag scores of at least this instead.", rich_help_panel=VERDICT)
+]
+MinZ = Annotated[
+    float | None,
+    typer.Option("--min-z", help="Flag robust z-scores of at least this instead.", rich_help_panel=VERDICT),
+]
+By = Annotated[
+    str | None,
+    typer.Option("--by", metavar="SCORE", help="Score column to flag by (default suspicion).", rich_help_panel=VERDICT),
+]
 OnError = Annotated[
     list[str] | None,
     typer.Option(
@@ -60,14 +93,34 @@ OnError = Annotated[
         help="Samples with an error go to errored/ (drop) or are judged by their score (keep); for one reason or all.",
     ),
 ]  # fmt: skip
-OnBadShard = Annotated[str | None, typer.Option("--on-bad-shard", metavar="salvage|quarantine|fail", help="What becomes of a damaged shard.", rich_help_panel=VERDICT)]
+OnBadShard = Annotated[
+    str | None,
+    typer.Option(
+        "--on-bad-shard",
+        metavar="salvage|quarantine|fail",
+        help="What becomes of a damaged shard.",
+        rich_help_panel=VERDICT,
+    ),
+]
 NoShards = Annotated[bool, typer.Option("--no-shards", help="Write only lists, no shards.", rich_help_panel=VERDICT)]
-MaxErrorRate = Annotated[float | None, typer.Option("--max-error-rate", min=0, max=1, help="Exit with 3 if more samples carry an error.", rich_help_panel=VERDICT)]
-Reference = Annotated[str | None, typer.Option(metavar="PATH", help="Embeddings of a trusted dump to score against.", rich_help_panel=INPUT)]
+MaxErrorRate = Annotated[
+    float | None,
+    typer.Option(
+        "--max-error-rate", min=0, max=1, help="Exit with 3 if more samples carry an error.", rich_help_panel=VERDICT
+    ),
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(metavar="PATH", help="Embeddings of a trusted dump to score against.", rich_help_panel=INPUT),
+]
 Workers = Annotated[int | None, typer.Option(min=1, help="Encoder and scoring actors.", rich_help_panel=SPREAD)]
-GpusPerWorker = Annotated[float | None, typer.Option("--gpus-per-worker", min=0, help="GPU share of an actor.", rich_help_panel=SPREAD)]
+GpusPerWorker = Annotated[
+    float | None, typer.Option("--gpus-per-worker", min=0, help="GPU share of an actor.", rich_help_panel=SPREAD)
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of an actor.", rich_help_panel=SPREAD)]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Rows handed to an actor at once.", rich_help_panel=SPREAD)]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", min=1, help="Rows handed to an actor at once.", rich_help_panel=SPREAD)
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -127,7 +180,9 @@ def compose(config: str | None, settings: list[str] | None, flags: dict[str, Any
     return load_config(config, settings or (), **{name.replace(".", "__"): v for name, v in flags.items()})
 
 
-def spread_settings(workers: int | None, gpus: float | None, threads: int | None, batch_size: int | None) -> dict[str, Any]:
+def spread_settings(
+    workers: int | None, gpus: float | None, threads: int | None, batch_size: int | None
+) -> dict[str, Any]:
     values = {"workers": workers, "gpus_per_worker": gpus, "threads": threads, "batch_size": batch_size}
     return {f"resources.{name}": value for name, value in values.items() if value is not None}
 
@@ -234,7 +289,9 @@ def _redo(out: str, steps: list[str], changes: dict[str, Any], settings: list[st
                 getattr(recipe, f"{step}_step")(run)
         stale = recipe.stale_passes(run)
     if stale:
-        say(f"out of date now: {', '.join(stale)}; redo with " + " && ".join(f"tarsift {s} {out}" for s in stale), quiet)
+        say(
+            f"out of date now: {', '.join(stale)}; redo with " + " && ".join(f"tarsift {s} {out}" for s in stale), quiet
+        )
     return run
 
 
@@ -281,7 +338,7 @@ def write(
     quiet: Quiet = False,
 ) -> None:
     """Write clean/, removed/ and errored/ shards and keep.parquet from the flags."""
-    run = _redo(out, ["write"], {"write.shards": False if no_shards else True}, set_, quiet)
+    run = _redo(out, ["write"], {"write.shards": not no_shards}, set_, quiet)
     say(f"{run.content['counts']['kept']:,} samples kept in {out}/clean", quiet)
 
 

@@ -220,7 +220,7 @@ def run_pass(
     metadata: dict[str, str] | None = None,
     wave_shards: int = 256,
     progress: Listener = silent,
-    on_shard: Callable[[dict[str, Any]], None] | None = None,
+    sink_cpus: float = SINK_CPUS,
 ) -> PassResult:
     """Run a pass over the shards it has not committed yet, wave by wave, and commit each.
 
@@ -233,7 +233,7 @@ def run_pass(
         metadata: file metadata of the merged Parquet files.
         wave_shards: shards handed to Ray at once.
         progress: told after every commit.
-        on_shard: called with each new record, on the driver.
+        sink_cpus: CPUs of a sink task; the same as those of the stage before it makes Ray run both in one task.
 
     Raises:
         TarsiftError: if the stream ends and a shard's rows are not all there.
@@ -250,13 +250,12 @@ def run_pass(
         entries[shard] = ledger.commit(shard, entry)
         done.append(shard)
         samples += entry["rows"]
-        if on_shard:
-            on_shard(entries[shard])
         progress(Event(ledger.name, len(entries), len(shards), samples))
 
+    progress(Event(ledger.name, len(entries), len(shards)))
     for at in range(0, len(todo), wave_shards):
         wave = todo[at : at + wave_shards]
-        _run_wave(wave, stream(wave), out_folder, metadata or {}, committed)
+        _run_wave(wave, stream(wave), out_folder, metadata or {}, committed, sink_cpus)
     progress(
         Event(ledger.name, len(entries), len(shards), samples, finished=True, note="" if done else "nothing to do")
     )
@@ -269,6 +268,7 @@ def _run_wave(
     folder: str,
     metadata: dict[str, str],
     committed: Callable[[str, dict[str, Any]], None],
+    sink_cpus: float,
 ) -> None:
     sources = {shard.name: shard for shard in wave}
     waiting = {name: Coverage() for name in sources}
@@ -286,7 +286,7 @@ def _run_wave(
         fn_kwargs={"folder": folder},
         batch_size=None,
         batch_format="pyarrow",
-        num_cpus=SINK_CPUS,
+        num_cpus=sink_cpus,
         **TASK_OPTIONS,
     )
     for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow"):

@@ -33,7 +33,6 @@ class ReferenceConfig(BaseModel):
     key: Annotated[
         str | None, Field(description="key of the hash that draws it; None derives it from the digests of all shards")
     ] = None
-    candidates: Annotated[int, Field(ge=256, description="distinct images the rule is fitted on")] = 20_480
 
 
 class WriteConfig(BaseModel):

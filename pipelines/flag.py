@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from tarsift.clip_detect.threshold import TopFraction
+from tarsift.clip_detect.threshold import Cutoff, TopFraction
 from tarsift.operators import storage
-from tarsift.operators.errors import END_OF_SHARD, ConfigError, ShardError
-from tarsift.operators.flag import Flag, FlagConfig
+from tarsift.operators.errors import END_OF_SHARD, ConfigError, ShardError, UsageError
+from tarsift.operators.flag import Flag, FlagConfig, Judged
 from tarsift.operators.folds import CountNear, SelectTop, row_hashes
 from tarsift.operators.shards import Shard
 from tarsift.operators.stored import ReadStored, Stored
@@ -61,18 +61,42 @@ def find_threshold(
         location, scale: median and scaled MAD of the score in the reference, for the policy `z`.
     """
     folder = storage.join(out, "scores")
-    # By fraction: the rounds of an exact radix selection. By score or z the cutoff is given, and
-    # the same selection only counts; a fraction of 0 counts too.
-    if config.policy != "fraction":
-        cutoff = config.value if config.policy == "score" else location + config.value * scale
-        counted = run_fold(CountNear(config, cutoff, quarantined), shards, [folder])
-        return Threshold(config.policy, config.score, config.value, float(np.float32(cutoff)), None, *counted)
-    selection = TopFraction(config.value)
-    while not selection.finished:
-        selection = run_fold(SelectTop(selection, config, key=TIE_KEY, quarantined=quarantined), shards, [folder])
-    cut = selection.cutoff()
-    near, total = run_fold(CountNear(config, cut.score, quarantined), shards, [folder])
-    return Threshold("fraction", config.score, config.value, float(cut.score), int(cut.hash), near, total)
+    judged = Judged(config, quarantined)
+    if config.policy == "fraction" and config.value > 0:
+        columns = (*judged.columns, "row")
+        cut = select_top(
+            config.value, config.score, shards, [folder], judged=judged, hashes=tie_hashes, columns=columns
+        )
+        score, tie_hash = cut.score, cut.hash
+    else:
+        given = {"fraction": np.inf, "score": config.value, "z": location + config.value * scale}
+        score, tie_hash = float(np.float32(given[config.policy])), None
+    count = CountNear(score, config.score, judged=judged, columns=judged.columns)
+    near, total = run_fold(count, shards, [folder])
+    return Threshold(config.policy, config.score, config.value, score, tie_hash, near, total)
+
+
+def select_top(fraction: float, score: str, shards: Sequence[str], folders: Sequence[str], **fold: Any) -> Cutoff:
+    """Find the exact cutoff of the highest fraction in a few rounds over one column.
+
+    Args:
+        fold: `judged`, `hashes` and `columns` of `SelectTop`.
+
+    Raises:
+        UsageError: if no row is judged.
+    """
+    selection = TopFraction.start(fraction)
+    while not selection.done:
+        try:
+            selection = run_fold(SelectTop(selection, score, **fold), shards, folders)
+        except ValueError as error:
+            raise UsageError(f"no threshold by {score}: {error}") from None
+    return selection.finish()
+
+
+def tie_hashes(table: pa.Table) -> np.ndarray:
+    """Hashes (n,) uint64 that break ties between equal scores: of the identity (shard, row)."""
+    return row_hashes(table, TIE_KEY)
 
 
 def quarantined_shards(embedded: Mapping[str, Mapping[str, Any]], config: FlagConfig) -> frozenset[str]:
@@ -85,7 +109,8 @@ def quarantined_shards(embedded: Mapping[str, Mapping[str, Any]], config: FlagCo
     if damaged and config.on_bad_shard == "fail":
         name, problems = next(iter(sorted(damaged.items())))
         raise ShardError(
-            f"{len(damaged)} damaged shards, the first is {name}: {problems[0]['problem']} at byte {problems[0]['offset']}. "
+            f"{len(damaged)} damaged shards, the first is {name}: {problems[0]['problem']} "
+            f"at byte {problems[0]['offset']}. "
             "Repair them, or choose --on-bad-shard salvage or quarantine."
         )
     return frozenset(damaged) if config.on_bad_shard == "quarantine" else frozenset()
@@ -100,7 +125,7 @@ def flag_rows(items: pa.Table, *, folder: str, flag: Flag):
             if table["error"][0].as_py() == END_OF_SHARD:
                 yield table
             else:
-                yield flag(table, row_hashes(table, TIE_KEY)).select(FLAG_FILE_COLUMNS)
+                yield flag(table, tie_hashes(table)).select(FLAG_FILE_COLUMNS)
 
 
 def flag_pass(
@@ -124,6 +149,7 @@ def flag_pass(
             fn_kwargs={"folder": storage.join(out, "scores"), "flag": flag},
             batch_size=None,
             batch_format="pyarrow",
+            num_cpus=1,
             **TASK_OPTIONS,
         )
 
@@ -134,7 +160,14 @@ def flag_pass(
         "cutoff": repr(threshold.cutoff),
     }
     result = run_pass(
-        ledger, shards, stream, folder="flags", metadata=metadata, wave_shards=wave_shards, progress=progress
+        ledger,
+        shards,
+        stream,
+        folder="flags",
+        metadata=metadata,
+        wave_shards=wave_shards,
+        progress=progress,
+        sink_cpus=1,
     )
     return result, ledger
 

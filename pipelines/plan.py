@@ -10,11 +10,13 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from tarsift.operators.encoder import encoder_info, encoder_regime
+from tarsift.operators.encoder import encoder_info
+from tarsift.operators.regime import encoder_regime
 from tarsift.pipelines.clean import ROLE, open_run
 from tarsift.pipelines.config import CleanConfig
 from tarsift.pipelines.embed import embed_fingerprint
 from tarsift.pipelines.ledger import Ledger
+from tarsift.pipelines.score import TRUSTED
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,6 @@ def make_plan(inputs: str | Sequence[str], out: str, config: CleanConfig) -> Pla
     complete = len(embedded) == len(names)
     digests = {name: entry["source"]["sha256"] for name, entry in embedded.items()} if complete else None
     regime = encoder_regime(info, digests)
-    candidates = min(config.reference.candidates, samples) if complete and samples else config.reference.candidates
     return Plan(
         out=out,
         shards=len(names),
@@ -86,7 +87,7 @@ def make_plan(inputs: str | Sequence[str], out: str, config: CleanConfig) -> Pla
         encoder=f"{info.name} ({info.image_size} px, {info.embed_dim}-d, weights {info.weights_sha256[:12]})",
         regime=regime.sentence,
         blind_to=regime.blind_to,
-        coverage=config.suspicion.coverage(candidates).sentence,
+        coverage=TRUSTED if config.reference.path else config.suspicion.coverage_sentence,
         resources=config.resources.model_dump(mode="json", exclude_none=True),
         config=config.model_dump(mode="json"),
     )

@@ -52,7 +52,7 @@ class PlainLines:
         state = "done" if event.finished else "..."
         note = f"  {event.note}" if event.note else ""
         line = f"{event.name}: {event.done}/{event.total} {event.unit}{samples}{rate}, {elapsed:.0f} s {state}{note}"
-        print(line, file=self.stream, flush=True)  # noqa: T201 - this is the job log
+        print(line, file=self.stream, flush=True)
         if event.finished:
             self._started.pop(event.name, None)
 

@@ -10,11 +10,12 @@ Four short passes over stored embeddings, each linear in the number of samples:
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +23,22 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from tarsift.clip_detect.suspicion import DensityRule, SmoothingRule, fit_density, fit_smoothing
+from tarsift.clip_detect.suspicion import (
+    DensityRule,
+    ScoredRows,
+    SmoothingRule,
+    SuspicionConfig,
+    fit_density,
+    fit_smoothing,
+)
+from tarsift.clip_detect.threshold import median_mad
 from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
-from tarsift.operators.folds import CountDuplicates, FetchRows, SmallestHashes
+from tarsift.operators.folds import CountDuplicates, FetchRows, Side, SmallestHashes
 from tarsift.operators.scorer import ScoreDensity, SmoothScores
 from tarsift.operators.shards import Shard
 from tarsift.operators.stored import ReadStored, Stored
-from tarsift.pipelines.commit import PassResult, run_pass
+from tarsift.pipelines.commit import SINK_CPUS, PassResult, run_pass
 from tarsift.pipelines.config import CleanConfig
 from tarsift.pipelines.embed import shard_items, shards_of
 from tarsift.pipelines.folding import run_fold
@@ -81,45 +90,51 @@ def fit_reference(
         What `run.json` says about the reference.
     """
     names = [shard.name for shard in shards]
-    smallest = SmallestHashes(config.reference.candidates, key=key, salt="candidates")
-    hashes = run_fold(smallest, names, [folders.embeddings])
+    hashes = run_fold(SmallestHashes(config.suspicion.candidates, key=key), names, [folders.embeddings])
     if not len(hashes):
         raise UsageError("no sample of the dump has an image embedding; see the error counts in the ledger.")
-    rows = run_fold(FetchRows(int(hashes[-1]), key=key, salt="candidates"), names, [folders.embeddings])
+    rows = run_fold(FetchRows(int(hashes[-1]), key=key), names, [folders.embeddings])
     trusted = trusted_reference(config.reference.path, key) if config.reference.path else None
-    task = ray.remote(num_cpus=1, **TASK_OPTIONS)(_fit_density)
-    rule = ray.get(task.remote(rows, config, trusted))
+    rule = run_job(fit_density, rows["embeddings"], rows["ids"], rows["hashes"], config, reference=trusted)
     partitions = max(1, -(-samples // IMAGES_PER_PARTITION))
     pairs = [run_fold(CountDuplicates(p, partitions, key=key), names, [folders.embeddings]) for p in range(partitions)]
     ids, counts = (np.concatenate(columns) for columns in zip(*pairs, strict=True))
     order = np.argsort(ids)
-    save_arrays(folders.rule("density"), *rule.to_arrays())
+    save_arrays(folders.rule("density"), *rule.state())
     save_arrays(folders.rule("duplicates"), {"ids": ids[order], "counts": counts[order]}, {})
-    coverage = rule.coverage
     return {
-        "rows": int(rule.reference_rows),
+        "rows": len(rule.contaminated.ids),
         "candidates": len(rows["hashes"]),
+        "largest_candidate_hash": int(hashes[-1]),
         "trusted": config.reference.path,
-        "largest_rate": coverage.largest_rate,
-        "coverage": coverage.sentence,
-        "k_left_out": list(rule.k_left_out),
+        "largest_rate": None if rule.trusted else config.suspicion.coverage,
+        "coverage": TRUSTED if rule.trusted else config.suspicion.coverage_sentence,
+        "k_left_out": list(rule.left_out_ks),
         "duplicate_images": len(ids),
         "duplicate_samples": int(counts.sum()),
     }
 
 
-def _fit_density(
-    rows: dict[str, np.ndarray], config: CleanConfig, trusted: tuple[np.ndarray, np.ndarray] | None
-) -> DensityRule:
-    return fit_density(
-        rows["embeddings"],
-        rows["ids"],
-        rows["hashes"],
-        config.suspicion,
-        reference=trusted,
-        backend=config.resources.backend,
-        threads=config.resources.threads,
-    )
+TRUSTED = "Scored against a trusted reference: no rate is too high, as long as nothing in the reference is poisoned."
+
+
+def run_job(fit: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """Run one fit as a Ray task.
+
+    Raises:
+        UsageError: if the dump is too small for it, or the settings do not fit it.
+    """
+    *arrays, config = arguments
+    options = {"backend": config.resources.backend, "threads": config.resources.threads}
+    try:
+        return ray.get(
+            ray.remote(num_cpus=1, **TASK_OPTIONS)(fit).remote(*arrays, config.suspicion, **named, **options)
+        )
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, ValueError) else None
+        if cause is None:
+            raise
+        raise UsageError(str(cause)) from None
 
 
 def trusted_reference(path: str, key: bytes) -> tuple[np.ndarray, np.ndarray]:
@@ -132,7 +147,7 @@ def trusted_reference(path: str, key: bytes) -> tuple[np.ndarray, np.ndarray]:
     names = [file] if file else storage.list_files(path, ".parquet")
     if not names:
         raise UsageError(f"--reference {path}: no Parquet file there; give an embeddings/ folder of a trusted dump.")
-    fold = FetchRows(2**64 - 1, key=key, salt="candidates")
+    fold = FetchRows(2**64 - 1, key=key)
     state = fold.init()
     for name in names:
         for table in ReadStored([Stored(folder or ".", fold.columns)])(name.removesuffix(".parquet")):
@@ -148,32 +163,39 @@ def trusted_reference(path: str, key: bytes) -> tuple[np.ndarray, np.ndarray]:
     return rows["embeddings"], rows["ids"]
 
 
-def fit_enriched(shards: Sequence[Shard], folders: ScoreFolders, config: CleanConfig, key: bytes) -> None:
+def fit_enriched(
+    shards: Sequence[Shard], folders: ScoreFolders, config: CleanConfig, key: bytes, *, largest_candidate_hash: int
+) -> None:
     """Collect suspects and as many others, fit the smoothing rule on them and save it."""
     names = [shard.name for shard in shards]
-    rule = DensityRule.from_arrays(*load_arrays(folders.rule("density")))
     sources = [folders.embeddings, folders.density]
-    halves = {}
-    for half, above in (("pool", True), ("rest", False)):
-        where = ("density", float(rule.pool_cutoff), above)
-        smallest = SmallestHashes(config.suspicion.pool_size, key=key, salt=half, where=where)
-        hashes = run_fold(smallest, names, sources)
-        cutoff = int(hashes[-1]) if len(hashes) else 0
-        fetch = FetchRows(cutoff, key=key, salt=half, where=where, extra=("density",))
-        halves[half] = run_fold(fetch, names, sources)
-    task = ray.remote(num_cpus=1, **TASK_OPTIONS)(_fit_smoothing)
-    save_arrays(folders.rule("smoothing"), *ray.get(task.remote(rule, halves, config)).to_arrays())
+    rule = DensityRule.from_state(*load_arrays(folders.rule("density")))
+
+    def fetch(largest: int, **draw: Any) -> ScoredRows:
+        rows = run_fold(FetchRows(largest, key=key, extra=("density",), **draw), names, sources)
+        return ScoredRows(**rows)
+
+    halves = []
+    for salt, above in (("pool", True), ("rest", False)):
+        side = Side("density", rule.pool_cutoff, above)
+        hashes = run_fold(SmallestHashes(config.suspicion.pool_size, key=key, salt=salt, side=side), names, sources)
+        if not len(hashes):
+            raise UsageError(
+                "the dump is too small for neighbour smoothing; raise suspicion.pool_fraction or give more data."
+            )
+        halves.append(fetch(int(hashes[-1]), salt=salt, side=side))
+    smoothing, scale = run_job(_fit_smoothing, *halves, fetch(largest_candidate_hash), config)
+    arrays, settings = smoothing.state()
+    save_arrays(folders.rule("smoothing"), arrays, {**settings, "suspicion_scale": scale})
 
 
-def _fit_smoothing(rule: DensityRule, halves: dict[str, dict[str, np.ndarray]], config: CleanConfig) -> SmoothingRule:
-    pool, rest = halves["pool"], halves["rest"]
-    return fit_smoothing(
-        rule,
-        pool=(pool["embeddings"], pool["ids"], pool["density"]),
-        rest=(rest["embeddings"], rest["ids"], rest["density"]),
-        backend=config.resources.backend,
-        threads=config.resources.threads,
-    )
+def _fit_smoothing(
+    pool: ScoredRows, rest: ScoredRows, candidates: ScoredRows, config: SuspicionConfig, **search: Any
+) -> tuple[SmoothingRule, list[float]]:
+    """Fit the rule, and take median and MAD of `suspicion` over the candidate sample."""
+    rule = fit_smoothing(pool, rest, candidates, config, **search)
+    columns = rule.score(candidates.embeddings, candidates.ids, candidates.density, **search)
+    return rule, median_mad(columns["suspicion"]).tolist()
 
 
 def save_arrays(url: str, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
@@ -190,42 +212,61 @@ def load_arrays(url: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return arrays, json.loads(arrays.pop("__about__").tobytes())
 
 
-class DensityActor:
-    """Score actor: loads the saved rule once."""
+class DensityScorer:
+    """Shards' names to tables with density columns; loads the saved rule once."""
 
-    def __init__(self, folders: ScoreFolders, key: bytes, backend: str, threads: int):
-        rule = DensityRule.from_arrays(*load_arrays(folders.rule("density")))
-        self.score = ScoreDensity(rule, key=key, backend=backend, threads=threads)
+    def __init__(self, folders: ScoreFolders, key: bytes, search: Search):
+        self.read = ReadStored(
+            [Stored(folders.embeddings, (*CARRIED, "image_embedding"))], batch_rows=search.batch_rows, receipts=True
+        )
+        rule = DensityRule.from_state(*load_arrays(folders.rule("density")))
+        self.score = ScoreDensity(rule, key=key, backend=search.backend, threads=search.threads)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        return self.score(batch)
+    def __call__(self, items: pa.Table) -> Iterator[pa.Table]:
+        for shard in shards_of(items):
+            yield from map(self.score, self.read(shard.name))
 
 
-class SmoothActor:
-    """Score actor of the last pass."""
+class SmoothingScorer:
+    """Shards' names to tables with all score columns; loads the saved rule once."""
 
-    def __init__(self, folders: ScoreFolders, key: bytes, backend: str, threads: int):
-        rule = SmoothingRule.from_arrays(*load_arrays(folders.rule("smoothing")))
+    def __init__(self, folders: ScoreFolders, key: bytes, search: Search):
+        sources = [Stored(folders.embeddings, ("shard", "row", "image_embedding")), Stored(folders.density)]
+        self.read = ReadStored(sources, batch_rows=search.batch_rows, receipts=True)
+        rule = SmoothingRule.from_state(*load_arrays(folders.rule("smoothing")))
         arrays, _ = load_arrays(folders.rule("duplicates"))
-        duplicates = (arrays["ids"], arrays["counts"])
-        self.score = SmoothScores(rule, duplicates=duplicates, key=key, backend=backend, threads=threads)
+        self.score = SmoothScores(
+            rule, duplicates=(arrays["ids"], arrays["counts"]), key=key, backend=search.backend, threads=search.threads
+        )
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        return self.score(batch)
+    def __call__(self, items: pa.Table) -> Iterator[pa.Table]:
+        for shard in shards_of(items):
+            yield from map(self.score, self.read(shard.name))
 
 
-def read_stored(items: pa.Table, *, sources: Sequence[Stored]):
-    """Read the stored rows of shards, each ended by its end-of-shard row."""
-    source = ReadStored(sources, receipts=True)
-    for shard in shards_of(items):
-        yield from source(shard.name)
+@dataclass(frozen=True)
+class Search:
+    """How neighbours are searched for; nothing here changes a score. `made_by` tells rules of one path apart."""
+
+    backend: str
+    threads: int
+    batch_rows: int
+    made_by: str
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(scorer: type, *arguments: Any) -> Callable[[pa.Table], Iterator[pa.Table]]:
+    return scorer(*arguments)
+
+
+def _score_in_task(items: pa.Table, *, scorer: type, arguments: tuple[Any, ...]) -> Iterator[pa.Table]:
+    yield from _loaded(scorer, *arguments)(items)
 
 
 def scoring_pass(
     shards: Sequence[Shard],
     ledger: Ledger,
-    actor: type,
-    sources: Sequence[Stored],
+    scorer: type,
     folders: ScoreFolders,
     config: CleanConfig,
     key: bytes,
@@ -233,36 +274,42 @@ def scoring_pass(
     folder: str,
     progress: Listener,
 ) -> PassResult:
-    """Run one of the two score operators over the stored rows of all shards."""
+    """Run one of the two scorers over the stored rows of all shards.
+
+    On CPUs each shard is a task: Ray's workers, and the rule they have loaded, serve shard after
+    shard and pass after pass. On GPUs it is a pool of actors, since Ray ends the worker of a GPU task.
+    """
     resources = config.resources
-    cpus = ray.cluster_resources().get("CPU", 1)
-    gpus = ray.cluster_resources().get("GPU", 0) if resources.backend in ("auto", "faiss-gpu") else 0
-    workers = resources.workers or int(max(1, gpus or cpus // 2))
-    needs = {"num_gpus": 1} if gpus else {"num_cpus": min(resources.cpus_per_worker, max(0.5, cpus / 2))}
+    gpus = int(ray.cluster_resources().get("GPU", 0)) if resources.backend in ("auto", "faiss-gpu") else 0
+    arguments = (folders, key, Search(resources.backend, resources.threads, resources.batch_size, ledger.fingerprint))
 
     def stream(wave: list[Shard]) -> ray.data.Dataset:
-        rows = shard_items(wave).map_batches(
-            read_stored,
-            fn_kwargs={"sources": sources},
+        items = shard_items(wave)
+        if gpus:
+            pool = ray.data.ActorPoolStrategy(size=resources.workers or gpus)
+            return items.map_batches(
+                scorer,
+                fn_constructor_args=arguments,
+                batch_size=None,
+                batch_format="pyarrow",
+                num_gpus=1,
+                compute=pool,
+                **ACTOR_OPTIONS,
+            )
+        return items.map_batches(
+            _score_in_task,
+            fn_kwargs={"scorer": scorer, "arguments": arguments},
             batch_size=None,
             batch_format="pyarrow",
-            num_cpus=0.5,
+            num_cpus=resources.cpus_per_worker,
             **TASK_OPTIONS,
-        )
-        return rows.map_batches(
-            actor,
-            fn_constructor_args=(folders, key, resources.backend, resources.threads),
-            batch_size=resources.batch_size,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=workers),
-            **needs,
-            **ACTOR_OPTIONS,
         )
 
     metadata = {"encoder_role": folders.role, "rule": "F2"}
     return run_pass(
-        ledger, shards, stream, folder=folder, metadata=metadata, wave_shards=resources.wave_shards, progress=progress
-    )
+        ledger, shards, stream, folder=folder, metadata=metadata, wave_shards=resources.wave_shards, progress=progress,
+        sink_cpus=SINK_CPUS if gpus else resources.cpus_per_worker,
+    )  # fmt: skip
 
 
 def score_fingerprint(embed_fingerprint: str, inputs: Mapping[str, Any], config: CleanConfig) -> str:
@@ -312,15 +359,15 @@ def score_passes(
         return record["about"]
 
     about = once("reference", lambda: fit_reference(shards, folders, config, key, samples=samples))
-    embeddings = Stored(folders.embeddings, (*CARRIED, "image_embedding"))
     density = scoring_pass(
-        shards, Ledger(out, "density", fingerprint_), DensityActor, [embeddings], folders, config, key,
+        shards, Ledger(out, "density", fingerprint_), DensityScorer, folders, config, key,
         folder="density", progress=progress,
     )  # fmt: skip
     finished("density", density.figures(fingerprint_))
-    once("enriched", lambda: fit_enriched(shards, folders, config, key))
+    largest = about["largest_candidate_hash"]
+    once("enriched", lambda: fit_enriched(shards, folders, config, key, largest_candidate_hash=largest))
     result = scoring_pass(
-        shards, Ledger(out, "score", fingerprint_), SmoothActor, [embeddings, Stored(folders.density)], folders, config, key,
+        shards, Ledger(out, "score", fingerprint_), SmoothingScorer, folders, config, key,
         folder="scores", progress=progress,
     )  # fmt: skip
     finished("score", result.figures(fingerprint_))
@@ -328,7 +375,7 @@ def score_passes(
 
 
 def score_location(out: str, role: str, score: str) -> tuple[float, float]:
-    """Median and scaled MAD of `suspicion` in the candidate sample, for the policy `z`.
+    """Read median and scaled MAD of `suspicion` in the candidate sample, for the policy `z`.
 
     Raises:
         UsageError: for another score: only `suspicion` is standardised.
@@ -337,5 +384,6 @@ def score_location(out: str, role: str, score: str) -> tuple[float, float]:
         raise UsageError(
             f"the policy `z` needs the score suspicion, got {score}; use `fraction` or `score` with others."
         )
-    rule = SmoothingRule.from_arrays(*load_arrays(ScoreFolders(out, role).rule("smoothing")))
-    return float(rule.location), float(rule.scale)
+    _, settings = load_arrays(ScoreFolders(out, role).rule("smoothing"))
+    median, mad = settings["suspicion_scale"]
+    return float(median), float(max(1.4826 * mad, 1e-9))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 
 import ray
@@ -12,9 +13,8 @@ import ray
 # Tasks and actors are retried a few times and then fail: with Ray's own defaults (without end)
 # one sample that kills its decoder would be tried for ever.
 TASK_RETRIES = 3
-ACTOR_RESTARTS = 3
 TASK_OPTIONS = {"max_retries": TASK_RETRIES}
-ACTOR_OPTIONS = {"max_restarts": ACTOR_RESTARTS, "max_task_retries": TASK_RETRIES}
+ACTOR_OPTIONS = {"max_restarts": -1, "max_task_retries": TASK_RETRIES}  # restarts end when a task's retries do
 
 # Texts by which object stores and networks say "try again"; Ray's own list knows only pyarrow's.
 TRANSIENT_ERRORS = (
@@ -78,7 +78,10 @@ def _data_context() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            # Ray 2.60 announces named parameters for all options; those for retries are not there yet.
+            warnings.filterwarnings("ignore", message=".*ray_remote_args.*is deprecated")
+            yield
     finally:
         for name, value in before.items():
             setattr(context, name, value)

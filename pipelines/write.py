@@ -77,6 +77,7 @@ def write_pass(
     running: dict[ray.ObjectRef, str] = {}
     queue = list(todo)
     samples = 0
+    progress(Event("write", len(entries), len(shards)))
     while queue or running:
         while queue and len(running) < limit:
             shard = queue.pop(0)

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
-from tarsift.operators.flag import Flag, FlagConfig, judged
+from tarsift.operators.flag import Flag, FlagConfig, Judged
 
 
 def table(scores, errors=None, shard="a") -> pa.Table:
@@ -57,8 +57,8 @@ def test_a_quarantined_shard_goes_to_errored_whole():
 
 def test_only_scored_and_kept_rows_are_judged():
     rows = table([9.0, None, 9.0, 1.0], ["missing_caption", "undecodable_image", None, None])
-    assert judged(rows, FlagConfig()).tolist() == [False, False, True, True]
-    assert judged(rows, FlagConfig(), frozenset({"a"})).tolist() == [False] * 4
+    assert Judged(FlagConfig())(rows).tolist() == [False, False, True, True]
+    assert Judged(FlagConfig(), frozenset({"a"}))(rows).tolist() == [False] * 4
 
 
 @pytest.mark.parametrize("bad", [{"value": 1.0}, {"value": -0.1}, {"on_error": {"what": "drop"}}, {"policy": "top"}])
