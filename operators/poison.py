@@ -185,6 +185,22 @@ def encode_image(pixels: UInt8[np.ndarray, "h w 3"], format: str, config: Poison
     return buffer.getvalue()
 
 
+def poison_images(
+    images: UInt8[np.ndarray, "n h w 3"], identities: Sequence[str], config: PoisonConfig, *, trigger: bool = True
+) -> UInt8[np.ndarray, "n h w 3"]:
+    """Return test pictures as a poisoned dump would hold them: with the trigger, encoded as JPEG and decoded.
+
+    Args:
+        images: RGB pictures of one size.
+        identities: a name for each, from which the trigger's place is drawn.
+        config: the attack and the encoding.
+        trigger: without it the pictures are encoded and decoded only, for comparison.
+    """
+    if trigger:
+        images = ATTACKS[config.attack].function(images, identities, seed=config.seed, strength=config.strength)
+    return np.stack([np.asarray(Image.open(io.BytesIO(encode_image(x, "JPEG", config)))) for x in images])
+
+
 def _copy(placed: Placed, shard: Shard, config: PoisonConfig, poisoned: bool, file: BinaryIO) -> int:
     """Write a member, changed as its sample demands, and return the number of bytes."""
     member = placed.member

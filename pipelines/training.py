@@ -1,0 +1,158 @@
+"""The training loop of a small CLIP: a plain function over batches, alone or one of several workers."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import open_clip
+import torch
+from jaxtyping import Float32, Int64
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from tarsift.operators.models import preprocessing
+from tarsift.pipelines.pairs import Batch
+
+MAX_LOGIT_SCALE = math.log(100)  # as Radford et al. 2021 (arXiv 2103.00020), section 2.5
+
+
+class TrainConfig(BaseModel):
+    """The optimiser: AdamW, its rate rising linearly and then falling as half a cosine to zero."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    lr: float = Field(default=4e-3, gt=0, description="highest learning rate")
+    weight_decay: float = Field(default=0.1, ge=0, description="of matrices and convolutions, not of gains and biases")
+    beta2: float = Field(default=0.98, gt=0, lt=1, description="AdamW's second beta")
+    warmup_steps: int = Field(default=50, ge=0, description="steps in which the rate rises; a tenth of all at most")
+    precision: str = Field(default="auto", pattern="^(auto|fp32|bf16)$", description="auto = bf16 on a GPU, else fp32")
+
+
+@dataclass
+class TrainLog:
+    """What training did: the loss of every step, and the samples that were skipped, by reason."""
+
+    losses: list[float] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+def train_clip(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    *,
+    steps: int,
+    config: TrainConfig,
+    normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+    device: str | torch.device = "cpu",
+    rank: int = 0,
+    world: int = 1,
+    wrap: Callable[[nn.Module], nn.Module] = lambda towers: towers,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> TrainLog:
+    """Train a CLIP in place for a number of steps.
+
+    Args:
+        model: an open_clip model; it is moved to `device`.
+        batches: without end; this worker's part of each joint batch.
+        steps: optimiser steps.
+        config: the optimiser's settings.
+        normalize: mean and standard deviation per channel; None = open_clip's.
+        rank, world: this worker and how many there are, in an initialised process group.
+        wrap: what makes a module train in step with other workers (DistributedDataParallel).
+        on_step: told the steps done and the loss.
+    """
+    mean, std = normalize or (preprocessing({}).mean, preprocessing({}).std)
+    shift = torch.tensor(mean, device=device) * 255
+    scale = torch.tensor(std, device=device) * 255
+    model.to(device=device, memory_format=torch.channels_last).train()  # pyright: ignore[reportCallIssue]
+    towers = wrap(Towers(model))
+    loss_of = open_clip.ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=config.lr,
+        betas=(0.9, config.beta2),
+        fused=True,
+    )
+    on_gpu = torch.device(device).type == "cuda"
+    low = (on_gpu and config.precision != "fp32") or config.precision == "bf16"
+    log = TrainLog()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, config)
+        pixels, tokens, skipped = next(batches)
+        log.skipped.update(skipped)
+        images = ((pixels.to(device, non_blocking=True).float() - shift) / scale).permute(0, 3, 1, 2)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=low):
+            image_features, text_features, logit_scale = towers(images, tokens)
+            loss = loss_of(image_features, text_features, logit_scale)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)  # pyright: ignore[reportCallIssue]
+        log.losses.append(loss.item())
+        on_step(step + 1, log.losses[-1])
+    model.eval()
+    return log
+
+
+def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
+    """Return the rate of a step, counted from 0: a linear rise, then half a cosine over all steps."""
+    rise = min(config.warmup_steps, math.ceil(steps / 10))
+    return config.lr * min(1.0, (step + 1) / max(1, rise)) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+class Towers(nn.Module):
+    """Both towers in one module, so that what synchronises workers sees a single forward pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, images: Float32[torch.Tensor, "b 3 size size"], tokens: Int64[torch.Tensor, "b length"]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # Captions repeat within a batch; each distinct one is encoded once.
+        distinct, which = torch.unique(tokens, dim=0, return_inverse=True)
+        texts = encode_trimmed(self.model, distinct, images.device)[which.to(images.device)]
+        pictures = self.model.encode_image(images)  # pyright: ignore[reportCallIssue]
+        unit = nn.functional.normalize
+        return unit(pictures, dim=-1), unit(texts, dim=-1), self.model.logit_scale.exp()  # pyright: ignore
+
+
+def encode_trimmed(
+    model: Any, tokens: Int64[torch.Tensor, "b length"], device: torch.device
+) -> Float32[torch.Tensor, "b d"]:
+    """Encode captions without the padding behind the longest of them.
+
+    A causal text tower that pools at the end token cannot see what is behind it, so the embeddings
+    are those of `model.encode_text`; other text towers get all of it.
+    """
+    kind = type(model)
+    stock = kind is open_clip.CLIP and isinstance(model.text_projection, nn.Parameter)
+    if not stock or model.attn_mask is None or model.text_pool_type != "argmax":
+        return model.encode_text(tokens.to(device))
+    ends = tokens.argmax(dim=1)
+    length = int(ends.max()) + 1
+    x = model.token_embedding(tokens[:, :length].to(device)) + model.positional_embedding[:length]
+    x = model.transformer(x, attn_mask=model.attn_mask[:length, :length])
+    x = model.ln_final(x)
+    return x[torch.arange(len(x), device=device), ends.to(device)] @ model.text_projection
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Compute on this many threads inside the block; left alone, OpenMP spins on all cores of a shared machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
