@@ -142,7 +142,7 @@ def columns_svg(shares: Float[np.ndarray, " n"], *, expected: float, width: int 
     )
     at = height * (1 - expected / high)
     return Markup(
-        f'<svg class="chart" viewBox="0 0 {drawn:.0f} {height}" width="{drawn:.0f}" height="{height}" role="img" '
+        f'<svg class="shards" viewBox="0 0 {drawn:.0f} {height}" width="{drawn:.0f}" height="{height}" role="img" '
         f'aria-label="{escape(summary)}"><title>{escape(summary)}</title><path class="flagged" d="{path}"/>'
         f'<line class="cut" x1="0" x2="{drawn:.0f}" y1="{at:.1f}" y2="{at:.1f}"/></svg>'
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ def collect(
         background=background,
         groups=groups,
         histograms=[_histogram(name, ranges[name], tally, threshold if name == score else {}) for name in ranges],
-        cutoffs=_cutoffs(overview, score),
+        cutoffs=_cutoffs(overview, score, threshold),
         encoder=available.encoder,
         unread=reader.unread,
         notes=_notes(available, config),
@@ -165,12 +166,14 @@ def _histogram(name: str, ends: tuple[float, float], tally: dict[str, np.ndarray
     return Histogram(name, *ends, bins[:, 0], bins[:, 1], int(tally[f"beyond:{name}"][0]), threshold.get("cutoff"))
 
 
-def _cutoffs(overview: dict[str, Any], score: str) -> list[tuple[float, int, float]]:
-    """For common fractions: (fraction, samples flagged, the score that they reach, to 1 part in 128)."""
+def _cutoffs(overview: dict[str, Any], score: str, threshold: dict[str, Any]) -> list[tuple[float, int, float]]:
+    """For common fractions and the run's own: (fraction, samples flagged, the score they reach, to 1 part in 128)."""
     coarse, judged = overview["coarse"].get(score), overview["judged"]
     if coarse is None or not judged:
         return []
-    return [(f, int(np.ceil(f * judged)), quantile(coarse, 1 - f)) for f in FRACTIONS]
+    own = {threshold["value"]} if threshold.get("policy") == "fraction" and threshold.get("value") else set()
+    fractions = sorted({*FRACTIONS, *own})
+    return [(f, math.ceil(f * judged), quantile(coarse, 1 - f)) for f in fractions]
 
 
 def _notes(available: Available, config: ReportConfig) -> list[str]:

@@ -93,7 +93,7 @@ def _charts(evidence: Evidence) -> list[dict[str, Any]]:
         family, _, k = histogram.name.rpartition("_k")
         published = family in SCORE_NOTES and k.isdigit()
         note = f"{SCORE_NOTES[family]}, k = {k}" if published else SCORE_NOTES.get(histogram.name, "")
-        size = {} if not charts else {"width": 420, "height": 170}
+        size = {"width": 420, "height": 170} if charts else {"width": 1160, "height": 250}
         charts.append({"name": histogram.name, "note": note, "svg": histogram_svg(histogram, **size)})
     return charts
 

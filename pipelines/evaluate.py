@@ -1,0 +1,277 @@
+"""Compare a run with a truth: which samples were planted, and what every score and the verdict made of them.
+
+The figures are for attacks whose place is known, as `tarsift poison` writes it. They say nothing about
+a dump without a truth.
+"""
+
+from __future__ import annotations
+
+import json as json_text
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Bool, Float32, Int64
+
+from tarsift.clip_detect import metrics
+from tarsift.operators import storage
+from tarsift.operators.errors import UsageError
+from tarsift.operators.stored import ReadStored, Stored
+from tarsift.pipelines.ledger import RunFile
+
+BATCH_ROWS = 65_536
+
+# Float columns of the score files that are no scores: their orientation is their own.
+MEASURES = ("clip_similarity", "image_norm")
+# The one measure that is also evaluated, turned round: poison need not agree with its caption.
+LOW_SIMILARITY = "low_clip_similarity"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What became of planted samples.
+
+    Attributes:
+        samples: rows of the run.
+        poisoned: planted ones.
+        unscored_poisoned: planted ones without a score: no figure of a score can find them.
+        errored_poisoned: planted ones put into errored/; they are not in the cleaned dump either.
+        scores: per score `auroc`, `average_precision`, `recall_at_F` (of all planted) and `clean_lost_at_F`
+            (samples) for the highest fraction F; empty if there is nothing to measure.
+        flagged: the verdict's own `flagged`, `recall`, `precision`, `clean_lost`, `clean_lost_share`;
+            None if the run has no flags.
+        attacks: the same per attack: `poisoned`, `unscored`, `flagged_recall`, `scores`.
+        note: what to know before reading on, if anything.
+    """
+
+    samples: int
+    poisoned: int
+    unscored_poisoned: int = 0
+    errored_poisoned: int = 0
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    flagged: dict[str, float] | None = None
+    attacks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the evaluation as plain JSON values."""
+        return asdict(self)
+
+    def rows(self, attack: str | None = None) -> list[dict[str, Any]]:
+        """Return one row per score, best average precision first: `score` and its figures.
+
+        Args:
+            attack: only this attack's planted samples; all where None.
+        """
+        scores = self.scores if attack is None else self.attacks[attack]["scores"]
+        rows = [{"score": name, **figures} for name, figures in scores.items()]
+        return sorted(rows, key=lambda row: (-row["average_precision"], row["score"]))
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Where the samples of a run stand: all shards after one another, in order of their names."""
+
+    out: str
+    shards: list[str]
+    starts: dict[str, int]
+    rows: dict[str, int]
+    columns: list[str]
+
+    def __len__(self) -> int:
+        return sum(self.rows.values())
+
+    def read(self, folder: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+        source = ReadStored([Stored(storage.join(self.out, folder), tuple(columns))], batch_rows=BATCH_ROWS)
+        for shard in self.shards:
+            if self.rows[shard]:
+                yield from source(shard)
+
+    def floats(self, name: str) -> Float32[np.ndarray, " n"]:
+        """Read a score of all samples; NaN where there is none."""
+        parts = [table[name].cast(pa.float32()).to_numpy() for table in self.read("scores", [name])]
+        return np.concatenate([np.zeros(0, np.float32), *parts])
+
+
+def evaluate(out: str, truth: str, *, json: str | None = None) -> Evaluation:
+    """Measure every score column and the verdict of a run against planted samples.
+
+    Samples are matched by (shard, row). One column is in memory at a time.
+
+    Args:
+        out: result folder of a run over the poisoned shards.
+        truth: `truth.parquet` with `shard`, `row` and, if it has them, `uid`, `attack`, of the planted samples only.
+        json: also write the evaluation to this path or URL.
+
+    Raises:
+        UsageError: if `out` was not scored, or the truth is of other shards.
+    """
+    table = _locate(out, sorted(item["name"] for item in RunFile.load_or_refuse(out).content.get("inputs") or ()))
+    planted = _read_truth(truth)
+    at = _match(table, planted, out, truth)
+    result = _measure(table, planted, at)
+    if json:
+        storage.put_bytes(json, json_text.dumps(result.to_json(), indent=1).encode())
+    return result
+
+
+def _locate(out: str, shards: Sequence[str]) -> _Table:
+    starts, rows, start = {}, {}, 0
+    columns: list[str] = []
+    for shard in shards:
+        try:
+            with storage.open_read(storage.join(out, "scores", f"{shard}.parquet")) as file:
+                parquet = pq.ParquetFile(file)
+                n, schema = parquet.metadata.num_rows, parquet.schema_arrow
+        except FileNotFoundError:
+            continue
+        if n and not columns:
+            columns = [f.name for f in schema if pa.types.is_floating(f.type) and f.name not in MEASURES]
+            columns += [LOW_SIMILARITY] if "clip_similarity" in schema.names else []
+        starts[shard], rows[shard] = start, n
+        start += n
+    if not rows:
+        raise UsageError(f"{out} holds no scores of its {len(shards)} shards: run `tarsift score {out}` first.")
+    return _Table(out, list(rows), starts, rows, columns)
+
+
+def _read_truth(url: str) -> pa.Table:
+    try:
+        with storage.open_read(url) as file:
+            table = pq.read_table(pa.BufferReader(file.read()))
+    except FileNotFoundError:
+        raise UsageError(
+            f"there is no truth at {url}; `tarsift poison` writes truth.parquet beside its shards."
+        ) from None
+    except pa.ArrowException as error:
+        raise UsageError(f"{url} is no Parquet file: {error}") from None
+    lacking = [name for name in ("shard", "row") if name not in table.column_names]
+    if lacking:
+        raise UsageError(f"{url} lacks the column {lacking[0]!r}; it has: {', '.join(table.column_names)}.")
+    keys = list(zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True))
+    if len(set(keys)) < len(keys):
+        raise UsageError(f"{url} names {len(keys) - len(set(keys))} samples twice; keep one row for each (shard, row).")
+    return table
+
+
+def _match(table: _Table, planted: pa.Table, out: str, truth: str) -> Int64[np.ndarray, " p"]:
+    """Return the position of every planted sample.
+
+    Raises:
+        UsageError: if some match nothing, or a sample of another uid.
+    """
+    keys = list(zip(planted["shard"].to_pylist(), planted["row"].to_pylist(), strict=True))
+    strays = [key for key in keys if key[0] not in table.rows or not 0 <= key[1] < table.rows[key[0]]]
+    if strays:
+        shard, row = strays[0]
+        known = f"{table.shards[0]} to {table.shards[-1]}"
+        raise UsageError(
+            f"{len(strays):,} of {len(keys):,} samples of {truth} are not in {out}, the first is row {row} of shard "
+            f"{shard!r}; it has {len(table.shards):,} shards, {known}, with {len(table):,} samples. "
+            "Give the truth that was made with these shards."
+        )
+    at = np.array([table.starts[shard] + row for shard, row in keys], np.int64)
+    if len(at) and "uid" in planted.column_names:
+        uids = np.concatenate([t["uid"].to_numpy() for t in table.read("scores", ["uid"])])[at]
+        wanted = planted["uid"].to_pylist()
+        other = [i for i, uid in enumerate(wanted) if uid is not None and uid != uids[i]]
+        if other:
+            i = other[0]
+            raise UsageError(
+                f"{len(other):,} of {len(keys):,} samples of {truth} have another uid in {out}, the first is row "
+                f"{keys[i][1]} of shard {keys[i][0]!r}: {wanted[i]!r} there, {uids[i]!r} here. "
+                "Give the truth that was made with these shards."
+            )
+    return at
+
+
+def _measure(table: _Table, planted: pa.Table, at: Int64[np.ndarray, " p"]) -> Evaluation:
+    n = len(table)
+    if not len(at):
+        return Evaluation(n, 0, note="The truth has no rows: nothing was planted, so there is nothing to find.")
+    poison = np.zeros(n, bool)
+    poison[at] = True
+    named = planted["attack"].to_pylist() if "attack" in planted.column_names else [None] * len(at)
+    kinds = {str(a): np.array([b == a for b in named]) for a in sorted({a for a in named if a is not None}, key=str)}
+    attacks: dict[str, dict[str, Any]] = {
+        name: {"poisoned": int(mask.sum()), "unscored": 0, "scores": {}} for name, mask in kinds.items()
+    }
+    flagged, errored = _verdict(table)
+    scores: dict[str, dict[str, float]] = {}
+    unscored = np.zeros(n, bool)
+    for name in table.columns:
+        values = -table.floats("clip_similarity") if name == LOW_SIMILARITY else table.floats(name)
+        scored = ~np.isnan(values)
+        if name != LOW_SIMILARITY:  # a sample without a caption has no similarity, yet is scored
+            unscored |= ~scored
+        if not (scored & poison).any() or not (scored & ~poison).any():
+            continue
+        scores[name] = _figures(values, poison, scored, clean=~poison)
+        for attack, mask in kinds.items():
+            own = np.zeros(n, bool)
+            own[at[mask]] = True
+            if (own & scored).any():
+                attacks[attack]["scores"][name] = _figures(values, own, scored, clean=~poison)
+    for attack, mask in kinds.items():
+        attacks[attack]["unscored"] = int(unscored[at[mask]].sum())
+        attacks[attack]["flagged_recall"] = None if flagged is None else float(flagged[at[mask]].mean())
+    lost = int((poison & unscored).sum())
+    return Evaluation(
+        samples=n,
+        poisoned=len(at),
+        unscored_poisoned=lost,
+        errored_poisoned=0 if errored is None else int((poison & errored).sum()),
+        scores=scores,
+        flagged=None if flagged is None else _verdict_figures(flagged, poison),
+        attacks=attacks,
+        note=f"{lost:,} of {len(at):,} planted samples have no score." if lost else "",
+    )
+
+
+def _figures(
+    values: Float32[np.ndarray, " n"],
+    poison: Bool[np.ndarray, " n"],
+    scored: Bool[np.ndarray, " n"],
+    *,
+    clean: Bool[np.ndarray, " n"],
+) -> dict[str, float]:
+    """Measure one score; what is neither poison nor clean (other attacks) takes up room in the highest fraction."""
+    compared = scored & (poison | clean)
+    figures = {
+        "auroc": metrics.auroc(values, poison, scored=compared),
+        "average_precision": metrics.average_precision(values, poison, scored=compared),
+    }
+    for fraction in metrics.FRACTIONS:
+        figures[f"recall_at_{fraction:g}"] = metrics.recall_at(values, poison, fraction, scored=scored)
+        figures[f"clean_lost_at_{fraction:g}"] = metrics.clean_lost_at(values, ~clean, fraction, scored=scored)
+    return figures
+
+
+def _verdict(table: _Table) -> tuple[Bool[np.ndarray, " n"] | None, Bool[np.ndarray, " n"] | None]:
+    """Read which samples are flagged and which errored; None for both if the run has no flags."""
+    try:
+        homes = [t["home"].to_numpy() for t in table.read("flags", ["home"])]
+    except FileNotFoundError:
+        return None, None
+    home = np.concatenate([np.zeros(0, object), *homes])
+    if len(home) != len(table):
+        raise UsageError(
+            f"{table.out} has flags of {len(home):,} samples and scores of {len(table):,}: "
+            f"run `tarsift flag {table.out}`."
+        )
+    return home == "removed", home == "errored"
+
+
+def _verdict_figures(flagged: Bool[np.ndarray, " n"], poison: Bool[np.ndarray, " n"]) -> dict[str, float]:
+    caught, clean_lost = int((flagged & poison).sum()), int((flagged & ~poison).sum())
+    return {
+        "flagged": int(flagged.sum()),
+        "caught": caught,
+        "recall": caught / int(poison.sum()),
+        "precision": caught / max(1, int(flagged.sum())),
+        "clean_lost": clean_lost,
+        "clean_lost_share": clean_lost / max(1, int((~poison).sum())),
+    }
