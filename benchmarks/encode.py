@@ -1,0 +1,326 @@
+"""What the embed pass costs beside a bare loop: samples per CPU-second and per second, side by side.
+
+Three contenders do the same work on the same shards (read, SHA-256, decode, resize, both towers,
+Parquet): a bare loop in one process, webdataset with a DataLoader, and tarsift's embed pass on
+Ray Data. CPU seconds are user + system of a contender's process and of all below it, Ray's own
+daemons included, read from /proc. A contender embeds the first `--skip` samples twice and then all
+of them, in one process: the first time shows start-up, the difference of the other two is the
+steady state, in which what every pass starts anew cancels out. Contenders take turns.
+
+    python benchmarks/encode.py --json benchmarks/results/encode.json
+
+The bars: tarsift at 0.9 of the bare loop's samples per CPU-second or more with the light encoder
+`tiny`, and at 0.97 or more with RN50. Weights are random: they cost what trained ones do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import webdataset as wds
+from PIL import Image
+
+from tarsift.operators.encoder import EncoderConfig
+from tarsift.operators.images import ImageConfig, decode_image, fit_to_square, strict_pillow
+from tarsift.operators.models import LoadedEncoder, build_model, load_encoder, model_config, save_checkpoint
+from tarsift.operators.schema import fixed_size_list
+from tarsift.operators.shards import ReadShard, list_shards
+from tarsift.operators.towers import cosines, encode_captions, encode_images, norms
+
+MICRO_BATCH, BATCH = 64, 512
+BARS = {"tiny": 0.9, "RN50": 0.97}
+# Samples left out and samples in all, multiples of the micro-batch; RN50 on a CPU takes a fifth of a second for one.
+PLANS = {"tiny": (2_048, 22_528), "RN50": (128, 512)}
+WORKERS = 2
+
+
+def make_shards(folder: Path, samples: int, *, side: int, per_shard: int, seed: int = 0) -> None:
+    """Write shards of procedural JPEGs with a caption each; 200 pictures take turns, no two captions are equal."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:side, 0:side] / side
+    pictures = []
+    for _ in range(min(200, samples)):
+        f = rng.uniform(2, 30, (3, 2))
+        waves = np.stack([np.sin(a * x + b * y) for a, b in f], -1) * 90 + 128
+        noise = np.asarray(Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).resize((side, side)))
+        buffer = io.BytesIO()
+        Image.fromarray((0.6 * waves + 0.4 * noise).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+        pictures.append(buffer.getvalue())
+    folder.mkdir(parents=True)
+    for first in range(0, samples, per_shard):
+        with tarfile.open(folder / f"{first // per_shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for i in range(first, min(first + per_shard, samples)):
+                caption = f"a photo of {i % 97} things, {i} of them seen from the side of number {i * 7919 % 1009}"
+                for suffix, content in (("jpg", pictures[i % len(pictures)]), ("txt", caption.encode())):
+                    member = tarfile.TarInfo(f"{i:09d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+class Decode:
+    """Image bytes to pixels; the one decoder that all contenders use."""
+
+    def __init__(self, encoder: LoadedEncoder) -> None:
+        self.config = ImageConfig()
+        self.fit = fit_to_square(
+            encoder.image_size,
+            interpolation=encoder.interpolation,
+            resize_mode=encoder.resize_mode,
+            max_pixels=self.config.max_pixels,
+        )
+
+    def __call__(self, image: bytes) -> np.ndarray:
+        return decode_image(image, fit=self.fit, config=self.config)
+
+
+def embedded(encoder: LoadedEncoder, pixels: np.ndarray, captions: list[str]) -> dict[str, pa.Array]:
+    """Encode a batch and return the columns of it that are written."""
+    image = encode_images(encoder, pixels, micro_batch=MICRO_BATCH).astype(np.float16)
+    text = encode_captions(encoder, captions, micro_batch=MICRO_BATCH).astype(np.float16)
+    return {
+        "caption": pa.array(captions),
+        "image_embedding": fixed_size_list(image),
+        "image_norm": pa.array(norms(image)),
+        "text_embedding": fixed_size_list(text),
+        "clip_similarity": pa.array(cosines(image, text)),
+    }
+
+
+def place(spec: str) -> LoadedEncoder:
+    torch.set_num_threads(1)
+    encoder = load_encoder(spec)
+    encoder.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return encoder
+
+
+class Cost(NamedTuple):
+    """What embedding so many samples took."""
+
+    cpu_s: float
+    wall_s: float
+    samples: int
+
+
+def run_bare(shards: Sequence[str], out: Path, spec: str) -> int:
+    """Embed shards in one process and one loop."""
+    encoder = place(spec)
+    decode, samples = Decode(encoder), 0
+    with strict_pillow(ImageConfig().max_pixels):
+        for shard in list_shards(list(shards)):
+            tables = []
+            for table in ReadShard()(shard):
+                images = table["image"].to_pylist()
+                digests = [hashlib.sha256(image).digest() for image in images]
+                pixels = np.stack([decode(image) for image in images])
+                columns = embedded(encoder, pixels, table["caption"].to_pylist())
+                for name in ("shard", "row", "key", "uid", "image_offset", "image_size", "error"):
+                    columns[name] = table[name]
+                tables.append(pa.table({**columns, "image_sha256": pa.array(digests, pa.binary(32))}))
+                samples += len(images)
+            pq.write_table(pa.concat_tables(tables), out / f"{shard.name}.parquet")
+    return samples
+
+
+class Prepare:
+    """What a DataLoader worker does to a sample."""
+
+    def __init__(self, decode: Decode) -> None:
+        self.decode = decode
+
+    def __call__(self, sample: dict[str, Any]) -> tuple[str, str, str, bytes, int, np.ndarray]:
+        image = sample["jpg"]
+        with strict_pillow(self.decode.config.max_pixels):
+            pixels = self.decode(image)
+        shard, caption = Path(sample["__url__"]).stem, sample["txt"].decode()
+        return shard, sample["__key__"], caption, hashlib.sha256(image).digest(), len(image), pixels
+
+
+def run_webdataset(shards: Sequence[str], out: Path, spec: str) -> int:
+    """Embed shards as webdataset and a DataLoader would have it: workers decode, this process encodes."""
+    encoder = place(spec)
+    stream = wds.WebDataset(list(shards), shardshuffle=False).map(Prepare(Decode(encoder))).batched(256)  # pyright: ignore[reportAttributeAccessIssue]
+    loader = wds.WebLoader(stream, batch_size=None, num_workers=WORKERS)  # pyright: ignore[reportAttributeAccessIssue]
+    tables: dict[str, list[pa.Table]] = {}
+    samples = 0
+    for shard, key, caption, digest, size, pixels in loader:
+        columns = embedded(encoder, np.asarray(pixels), list(caption))
+        columns |= {"shard": pa.array(shard), "key": pa.array(key), "image_size": pa.array(np.asarray(size))}
+        table = pa.table({**columns, "image_sha256": pa.array(list(digest), pa.binary(32))})
+        tables.setdefault(shard[0], []).append(table)  # each shard has one worker, and batches that mix two are rare
+        samples += len(key)
+    for name, parts in tables.items():
+        pq.write_table(pa.concat_tables(parts), out / f"{name}.parquet")
+    return samples
+
+
+def run_tarsift(shards: Sequence[str], out: Path, spec: str) -> int:
+    """Embed shards with the embed pass on Ray Data, in the session that is there."""
+    from tarsift.pipelines.config import CleanConfig, ResourcesConfig
+    from tarsift.pipelines.embed import embed
+
+    encoder = EncoderConfig(spec=spec, micro_batch=MICRO_BATCH)
+    config = CleanConfig(encoders={"detect": encoder}, resources=ResourcesConfig(batch_size=BATCH))
+    embed(list(shards), str(out), config=config)
+    return sum(pq.read_metadata(file).num_rows for file in (out / "embeddings" / "detect").glob("*.parquet"))
+
+
+CONTENDERS: dict[str, Callable[[Sequence[str], Path, str], int]] = {
+    "bare": run_bare,
+    "webdataset": run_webdataset,
+    "tarsift": run_tarsift,
+}
+
+
+def cpu_seconds(root: int) -> float:
+    """Return user + system seconds of a process, of all alive below it, and of those that they have waited for."""
+    stats = dict(_processes())
+    family, grown = {root}, True
+    while grown:
+        more = {pid for pid, fields in stats.items() if int(fields[1]) in family} - family
+        family |= more
+        grown = bool(more)
+    ticks = sum(int(value) for pid in family if pid in stats for value in stats[pid][11:15])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _processes() -> Iterator[tuple[int, list[str]]]:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                text = (entry / "stat").read_text()
+            except OSError:  # it has just ended
+                continue
+            yield int(entry.name), text[text.rindex(")") + 2 :].split()
+
+
+def run_alone(contender: str, jobs: Sequence[Sequence[str]], spec: str) -> list[Cost]:
+    """Run a contender on one list of shards after the other in this process; the first bears its start-up."""
+    costs = []
+    cpu_s, since = 0.0, time.monotonic()
+    with ExitStack() as stack:
+        if contender == "tarsift":
+            from tarsift.pipelines.session import session
+
+            stack.enter_context(session())
+        for shards in jobs:
+            with tempfile.TemporaryDirectory() as out:
+                samples = CONTENDERS[contender](shards, Path(out), spec)
+            cpu_now, now = cpu_seconds(os.getpid()), time.monotonic()
+            costs.append(Cost(cpu_now - cpu_s, now - since, samples))
+            cpu_s, since = cpu_now, now
+    return costs
+
+
+def measure(contender: str, jobs: Sequence[Sequence[str]], spec: str) -> list[Cost]:
+    """Do `run_alone` in a process of its own."""
+    request = json.dumps({"contender": contender, "jobs": jobs, "spec": spec})
+    command = [sys.executable, str(Path(__file__).resolve()), "--one", request]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return [Cost(*cost) for cost in json.loads(done.stdout.strip().splitlines()[-1])]
+
+
+def compare(name: str, folder: Path, *, skip: int, samples: int, side: int, repeats: int) -> Iterator[dict[str, Any]]:
+    """Yield one record per contender and repeat: start-up with the first `skip` samples, and the steady state.
+
+    Raises:
+        RuntimeError: if a contender did not embed every sample.
+    """
+    make_shards(folder / "shards", samples, side=side, per_shard=skip // 2)
+    shards = sorted(str(path) for path in (folder / "shards").iterdir())
+    spec = str(folder / "enc.pt")
+    save_checkpoint(spec, build_model(name, seed=0), config=model_config(name), shards={}, steps=0, samples=0, seed=0)
+    for repeat in range(repeats):
+        for contender in CONTENDERS:
+            first, short, whole = measure(contender, [shards[:2], shards[:2], shards], spec)
+            if (first.samples, short.samples, whole.samples) != (skip, skip, samples):
+                raise RuntimeError(f"{contender} embedded {short.samples} and {whole.samples} of {skip} and {samples}.")
+            yield {
+                "encoder": name,
+                "contender": contender,
+                "repeat": repeat,
+                "image_side": side,
+                "first": first._asdict(),
+                "short": short._asdict(),
+                "whole": whole._asdict(),
+                "samples_per_cpu_s": (samples - skip) / (whole.cpu_s - short.cpu_s),
+                "samples_per_s": (samples - skip) / (whole.wall_s - short.wall_s),
+            }
+
+
+def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return, per encoder, the medians of every contender and their share of the bare loop's."""
+    rows = []
+    for name in dict.fromkeys(r["encoder"] for r in records):
+        medians = {
+            contender: {
+                key: statistics.median(r[key] for r in records if (r["encoder"], r["contender"]) == (name, contender))
+                for key in ("samples_per_cpu_s", "samples_per_s")
+            }
+            for contender in CONTENDERS
+        }
+        for contender, median in medians.items():
+            share = median["samples_per_cpu_s"] / medians["bare"]["samples_per_cpu_s"]
+            row = {"encoder": name, "contender": contender, **median, "of_bare_loop_per_cpu_s": share}
+            rows.append(row | ({"bar": BARS[name], "met": share >= BARS[name]} if contender == "tarsift" else {}))
+    return rows
+
+
+def hardware() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    versions = {m.__name__: m.__version__ for m in (torch, np, pa, wds)}
+    return {"cpu": model[0] if model else platform.machine(), "cpus": os.cpu_count(), "versions": versions}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", action="append", choices=BARS, help="default: all of them")
+    parser.add_argument("--skip", type=int, help="samples left out of the steady state, an even number")
+    parser.add_argument("--samples", type=int, help="samples in all")
+    parser.add_argument("--side", type=int, default=256, help="pixels along the side of the JPEGs")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="file for hardware, every run, and the summary")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        one = json.loads(args.one)
+        print(json.dumps(run_alone(one["contender"], one["jobs"], one["spec"])))
+        return
+    records = []
+    for name in args.encoder or BARS:
+        skip, samples = args.skip or PLANS[name][0], args.samples or PLANS[name][1]
+        with tempfile.TemporaryDirectory() as folder:
+            for record in compare(name, Path(folder), skip=skip, samples=samples, side=args.side, repeats=args.repeats):
+                records.append(record)
+                print(json.dumps(record), flush=True)
+    summary = summarise(records)
+    for row in summary:
+        print(json.dumps(row))
+    if args.json:
+        content = {"hardware": hardware(), "summary": summary, "runs": records}
+        args.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
