@@ -89,7 +89,10 @@ def attack_success(
 
 
 def class_embeddings(encoder: LoadedEncoder, class_prompts: Sequence[Sequence[str]]) -> Float32[np.ndarray, "c d"]:
-    """Embed each class as the mean of its captions' directions (Radford et al. 2021, arXiv 2103.00020, section 3.1.4)."""
+    """Embed each class as the mean of its captions' directions.
+
+    Source: prompt ensembling, Radford et al. 2021 (arXiv 2103.00020), section 3.1.4.
+    """
     return np.stack(
         [_unit(_unit(encode_captions(encoder, prompts, micro_batch=MICRO_BATCH)).mean(0)) for prompts in class_prompts]
     )
