@@ -111,7 +111,8 @@ def choose_backend(backend: str = "auto", device: str | None = None) -> str:
     """Name the backend that will propose candidates.
 
     `auto` takes faiss-gpu if a GPU is there and a small search on it comes out right, then torch if
-    it sees a GPU (or if a device is named), then faiss on the CPU, then torch on the CPU.
+    it sees a GPU (or if a device is named), then faiss on the CPU, then torch on the CPU, which proposes
+    somewhat more slowly (benchmarks/score.py, `--backend`).
     """
     if backend == "auto":
         if device is not None:
