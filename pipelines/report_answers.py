@@ -44,7 +44,7 @@ def answers(
     run: dict[str, Any], evidence: Evidence, counts: dict[str, int], missing_pictures: dict[str, int]
 ) -> list[Answer]:
     """Answer the four questions."""
-    telling = {kind: _telling(evidence.groups[kind]) for kind in KINDS}
+    telling: dict[Kind, Group | None] = {kind: _telling(evidence.groups[kind]) for kind in KINDS}
     return [
         _campaign(telling, evidence),
         _threshold(run.get("threshold") or {}, telling, evidence),
@@ -95,15 +95,15 @@ def _campaign(telling: dict[Kind, Group | None], evidence: Evidence) -> Answer:
             agree = f" Cosine between their captions: {look.agreement:.2f}, around them {look.around:.2f}."
         lines.append(
             f"Group {letter_of(evidence.groups, group)}: {count(len(group.members), 'flagged sample')} look alike, "
-            f"{look.tightness:.1f} times closer to each other than to the kept samples around. {group.flagged:,} of "
-            f"{count(group.total, 'look-alike')} in the dump are flagged, over "
-            f"{count(shards_of(evidence, group), 'shard')}.{agree}"
+            f"{look.tightness:.1f} times closer to each other than to the kept samples around, in "
+            f"{count(shards_of(evidence, group), 'shard')}. "
+            f"Of the {count(group.total, 'sample')} of the dump most like them {group.flagged:,} are flagged.{agree}"
         )
     if group := telling["word"] or telling["caption"]:
         has = "whose caption has this word" if group.kind == "word" else "with this caption"
         lines.append(
             f"“{visible(group.title, 60)}”: {group.flagged:,} of the {count(group.total, 'sample')} {has} are flagged "
-            f"({percent(group.share)}; of all samples {percent(evidence.flagged_share)}), over "
+            f"({percent(group.share)}; of all samples {percent(evidence.flagged_share)}), in "
             f"{count(shards_of(evidence, group), 'shard')}."
         )
     if lines:
@@ -134,11 +134,13 @@ def _threshold(threshold: dict[str, Any], telling: dict[Kind, Group | None], evi
         )
         return Answer(question, "quiet", "There is no yardstick", lines, link)
     name = group_name(evidence.groups, group)
+    like = "samples most like it" if group.look else "samples with it"
+    held = f"{name}: of {group.total:,} {like} {group.flagged:,} are flagged"
     if group.share < 0.9 and group.reach > 0.7 * evidence.flagged_share:
         more = Markup(
-            "It cuts through {}: {} of {} are flagged. Flag more, such as <code>--fraction {:g}</code>, and see."
+            "It cuts through {}. Flag more, such as <code>--fraction {:g}</code>, and see if its share rises."
         )
-        lines.append(more.format(name, f"{group.flagged:,}", f"{group.total:,}", round_up(2 * evidence.flagged_share)))
+        lines.append(more.format(held, round_up(2 * evidence.flagged_share)))
         return Answer(question, "look", "Perhaps it flags too few", lines, link)
     enough = round_up(group.reach)
     fewer = round(evidence.overview["judged"] * (evidence.flagged_share - enough))
@@ -149,7 +151,7 @@ def _threshold(threshold: dict[str, Any], telling: dict[Kind, Group | None], evi
         )
         lines.append(less.format(name, percent(group.reach, 2), enough, count(fewer, "sample")))
     else:
-        lines.append(f"It covers {name}: {group.flagged:,} of {group.total:,} are flagged.")
+        lines.append(f"It covers {held}.")
     return Answer(question, "ok", "It covers what stands out", lines, link)
 
 

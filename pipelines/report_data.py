@@ -31,15 +31,17 @@ class ReportConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    samples: int = Field(48, ge=0, le=500, description="highest-scored samples shown as cards")
-    neighbors: int = Field(4, ge=0, le=16, description="nearest neighbours shown beside each")
-    looked_at: int = Field(5000, ge=1, le=50_000, description="highest-scored samples among which groups are searched")
-    background: int = Field(4096, ge=16, le=50_000, description="random kept samples they are compared with")
-    groups: int = Field(8, ge=0, le=26, description="groups shown per kind: look, word, caption")
-    strip: int = Field(12, ge=0, le=100, description="thumbnails of a group")
-    pictures: bool = Field(True, description="fetch pictures from the input shards; false shows none")
-    max_scan_bytes: int = Field(2 << 30, ge=0, description="bytes of compressed shards read again for pictures")
-    threads: int = Field(4, ge=1, description="shards read at once")
+    samples: int = Field(default=48, ge=0, le=500, description="highest-scored samples shown as cards")
+    neighbors: int = Field(default=4, ge=0, le=16, description="nearest neighbours shown beside each")
+    looked_at: int = Field(
+        default=5000, ge=1, le=50_000, description="highest-scored samples among which groups are searched"
+    )
+    background: int = Field(default=4096, ge=16, le=50_000, description="random kept samples they are compared with")
+    groups: int = Field(default=8, ge=0, le=26, description="groups shown per kind: look, word, caption")
+    strip: int = Field(default=12, ge=0, le=100, description="thumbnails of a group")
+    pictures: bool = Field(default=True, description="fetch pictures from the input shards; false shows none")
+    max_scan_bytes: int = Field(default=2 << 30, ge=0, description="bytes of compressed shards read again for pictures")
+    threads: int = Field(default=4, ge=1, description="shards read at once")
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 from jaxtyping import Float32, Int64, UInt32
 
 from tarsift.clip_detect.neighbors import unit_norm
 from tarsift.operators.folds import content_hashes
 from tarsift.operators.schema import matrix
+
+# Its functions are made when it is imported, so type checkers know none of them.
+pc: Any = pyarrow.compute
 
 COARSE_BITS = 16
 BINS = 64
@@ -83,7 +86,7 @@ def strings(table: pa.Table, name: str) -> np.ndarray:
     return out
 
 
-@dataclass(frozen=True)
+@dataclass
 class Overview:
     """Fold: homes, errors, the highest rows, a random sample of kept ones, duplicates, coarse histograms.
 
@@ -100,11 +103,11 @@ class Overview:
     keep: int
     background: int
     key: bytes
+    columns: tuple[str, ...] = field(init=False)
 
-    @property
-    def columns(self) -> tuple[str, ...]:
+    def __post_init__(self) -> None:
         named = ("shard", "row", "uid", "image_sha256", "duplicate_count", "error", "flagged", "home")
-        return tuple(dict.fromkeys((*named, self.score, *self.charts)))
+        self.columns = tuple(dict.fromkeys((*named, self.score, *self.charts)))
 
     def init(self) -> dict[str, Any]:
         return {
@@ -205,7 +208,7 @@ def _most_copied(rows: list[tuple[int, bytes, str, int]], count: int) -> list[tu
     return sorted(first.values())[:count]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Tally:
     """Fold: histograms over given ranges, and how many samples share a caption, a word, a look, a score.
 
@@ -227,12 +230,12 @@ class Tally:
     centres: Float32[np.ndarray, "g d"]
     radii: Float32[np.ndarray, " g"]
     levels: Float32[np.ndarray, " q"]
+    columns: tuple[str, ...] = field(init=False)
 
-    @property
-    def columns(self) -> tuple[str, ...]:
+    def __post_init__(self) -> None:
         look = ("image_embedding",) if len(self.centres) else ()
         named = ("shard", "row", "home", "caption", self.score, *self.ranges, *look)
-        return tuple(dict.fromkeys(named))
+        self.columns = tuple(dict.fromkeys(named))
 
     def init(self) -> dict[str, np.ndarray]:
         sizes = {"caption": len(self.captions), "word": len(self.words), "look": len(self.centres)}

@@ -62,16 +62,29 @@ def find_candidates(top: Rows, background: Rows, *, threads: int = 1) -> dict[Ki
     suspects = np.flatnonzero(top.flagged)
     found: dict[Kind, list[Group]] = {"look": [], "word": [], "caption": []}
     if top.images is not None and background.images is not None:
-        once = np.array(first_of_each(top.digests, suspects.tolist()), int)
-        texts = None if top.texts is None else (top.texts[0][once], top.texts[1][once])
-        for look in looks(
-            top.images[once], background.images, texts=texts, background_texts=background.texts, threads=threads
-        ):
-            found["look"].append(Group("look", "", _ranked(top, once[list(look.members)]), look))
+        found["look"] = _look_groups(top, background, suspects.tolist(), threads)
     normal = normalise(pa.array([top.captions[i] for i in suspects], pa.string()))
     found["caption"] = _named("caption", top, suspects, np.arange(len(normal)), normal, LEAST_COPIES)
     found["word"] = _named("word", top, suspects, *words_of(normal), SMALLEST)
     return found
+
+
+def _look_groups(top: Rows, background: Rows, suspects: list[int], threads: int) -> list[Group]:
+    """Group suspects by look: each image is compared once, its copies join it afterwards."""
+    if top.images is None or background.images is None:
+        return []
+    once = first_of_each(top.digests, suspects)
+    names = {i: top.digests[i] or i for i in suspects}  # an image without a digest stands for itself
+    copies: dict[bytes | int, list[int]] = {}
+    for i in suspects:
+        copies.setdefault(names[i], []).append(i)
+    texts = None if top.texts is None else (top.texts[0][once], top.texts[1][once])
+    found = looks(top.images[once], background.images, texts=texts, background_texts=background.texts, threads=threads)
+    groups = []
+    for look in found:
+        members = [i for m in look.members for i in copies[names[once[m]]]]
+        groups.append(Group("look", "", _ranked(top, members), look))
+    return groups
 
 
 def _named(kind: Kind, top: Rows, suspects: np.ndarray, at: np.ndarray, names: pa.Array, least: int) -> list[Group]:

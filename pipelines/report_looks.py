@@ -79,7 +79,7 @@ def looks(
         middle = images[list(part)].mean(axis=0)
         centre = (middle / max(float(np.linalg.norm(middle)), 1e-12)).astype(np.float32)
         reach = np.linalg.norm(images[list(part)] - centre, axis=1)
-        radius = float(np.quantile(reach, 0.9)) + 1e-6
+        radius = float(np.quantile(reach, 0.9, method="higher")) + 1e-6
         found.append(Look(part, _tightness(images, scale, part), agreement, nearby, centre, radius))
     return sorted(found, key=lambda g: (-len(g.members) * (g.tightness - 1), g.members))
 

@@ -20,7 +20,7 @@ from tarsift.operators.shards import fetch_members
 Identity = tuple[str, int]
 
 # What a picture of this edge may cost in bytes; one that needs more is encoded again, coarser.
-BYTES_PER_EDGE = 48
+BYTES_PER_EDGE = 40
 LARGE, SMALL = 160, 72  # edges: of a card, of a strip
 QUALITIES = (72, 50, 30, 12)
 
@@ -164,5 +164,7 @@ def thumbnail(data: bytes, edge: int, images: ImageConfig) -> Thumbnail:
         encoded = sink.getvalue()
         if len(encoded) <= BYTES_PER_EDGE * edge:
             break
+    else:  # noise does not compress
+        return thumbnail(data, edge // 2, images)
     uri = "data:image/webp;base64," + base64.b64encode(encoded).decode()
     return Thumbnail(uri, tiny=2 * max(picture.size) <= LARGE)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Float32
 
@@ -19,7 +18,7 @@ from tarsift.operators.errors import UsageError
 from tarsift.operators.folds import Fold
 from tarsift.operators.schema import matrix
 from tarsift.operators.stored import ReadStored, Stored
-from tarsift.pipelines.report_folds import numbers, strings
+from tarsift.pipelines.report_folds import numbers, pc, strings
 
 EMBEDDINGS = "embeddings/detect"
 FOLDERS = ("scores", "flags", EMBEDDINGS)
