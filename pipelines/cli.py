@@ -349,6 +349,164 @@ def report(out: OutFolder, quiet: Quiet = False) -> None:
     say(f"report: {out}/report.html", quiet)
 
 
+@app.command(rich_help_panel=WORKSHOP)
+def pretrain(
+    shards: Shards,
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="Encoder file to write.", show_default=False)],
+    model: Annotated[str, typer.Option(help="tiny, a JSON config of stock towers, or an open_clip name.")] = "tiny",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the pairs.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=2, help="Pairs per step.")] = 128,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    captions: Captions = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that train in step.", rich_help_panel=SPREAD)] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Threads per worker.", rich_help_panel=SPREAD)] = 1,
+    quiet: Quiet = False,
+) -> None:
+    """Train a CLIP from scratch on shards, through Ray Train; the encoder for `clean`."""
+    from tarsift.pipelines.pretrain import PretrainConfig
+    from tarsift.pipelines.pretrain import pretrain as recipe
+
+    given: dict[str, Any] = {"model": model, "epochs": epochs, "seed": seed, "batch_size": batch_size}
+    given |= {"workers": workers, "threads": threads}
+    given |= {"train": {"lr": lr}} if lr is not None else {}
+    given |= {"read": {"captions": captions}} if captions is not None else {}
+    config = checked(PretrainConfig, given)
+    with progress_on(Console(stderr=True), quiet) as progress:
+        summary = recipe(shards, out=out, config=config, progress=progress)
+    skipped = f", {sum(summary.skipped.values()):,} unusable samples skipped" if summary.skipped else ""
+    say(
+        f"{summary.pairs:,} pairs, {summary.steps:,} steps in {summary.wall_s:.0f} s, loss {summary.loss:.3f}{skipped}: "
+        f"{summary.checkpoint}",
+        quiet,
+    )
+
+
+@app.command(rich_help_panel=WORKSHOP)
+def poison(
+    shards: Shards,
+    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Folder of the copy.", show_default=False)],
+    attack: Annotated[str, typer.Option(help="Name of the attack.")] = "patch",
+    rate: Annotated[float, typer.Option(min=0, max=1, help="Share of all samples that is poisoned.")] = 0.01,
+    seed: Annotated[int, typer.Option(help="Of samples, places and captions.")] = 0,
+    target: Annotated[str, typer.Option(help="Word that poisoned captions name.")] = "banana",
+    strength: Annotated[float | None, typer.Option(help="Of the trigger; its own by default.")] = None,
+    captions: Captions = None,
+    quiet: Quiet = False,
+) -> None:
+    """Plant poison in a copy of a dump, with the truth in DIR/truth.parquet."""
+    from tarsift.operators.poison import PoisonConfig
+    from tarsift.pipelines.poison import poison as recipe
+
+    given: dict[str, Any] = {"attack": attack, "rate": rate, "seed": seed, "target": target, "strength": strength}
+    given |= {"read": {"captions": captions}} if captions is not None else {}
+    summary = recipe(shards, out=out, config=checked(PoisonConfig, given))
+    say(f"{summary.poisoned:,} of {summary.samples:,} samples poisoned in {out}; truth: {summary.truth}", quiet)
+
+
+@app.command(rich_help_panel=WORKSHOP)
+def evaluate(
+    out: OutFolder,
+    truth: Annotated[
+        str, typer.Option("--truth", metavar="FILE", help="truth.parquet of `poison`.", show_default=False)
+    ],
+    json_: AsJson = False,
+) -> None:
+    """Compare scores and verdict with a known truth."""
+    from tarsift.pipelines.evaluate import evaluate as recipe
+
+    evaluation = recipe(out, truth)
+    if json_:
+        write_json(evaluation.to_json())
+        return
+    console = Console()
+    console.print(f"{evaluation.poisoned:,} of {evaluation.samples:,} samples are planted. {evaluation.note}")
+    if not evaluation.scores:
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("score")
+    columns = ("auroc", "average_precision", "recall_at_0.01", "recall_at_0.05", "recall_at_0.1", "clean_lost_at_0.05")
+    for name in ("AUROC", "AP", "recall at 1 %", "at 5 %", "at 10 % removed", "clean lost at 5 %"):
+        table.add_column(name, justify="right")
+    for row in evaluation.rows():
+        values = [f"{row[c]:,.0f}" if c.startswith("clean_lost") else f"{row[c]:.3f}" for c in columns]
+        table.add_row(str(row["score"]), *values)
+    console.print(table, highlight=False)
+    if evaluation.flagged:
+        verdict = evaluation.flagged
+        console.print(
+            f"flagged {verdict['flagged']:,}: recall {verdict['recall']:.3f}, precision {verdict['precision']:.3f}, "
+            f"{verdict['clean_lost']:,} clean samples lost",
+            highlight=False,
+        )
+
+
+@app.command(rich_help_panel=MAIN)
+def demo(
+    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Folder for everything.")] = "demo-out",
+    rate: Annotated[float | None, typer.Option(min=0, max=0.49, help="Share of samples that is poisoned.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
+    samples: Annotated[int | None, typer.Option(min=500, help="Captioned pictures.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes of training.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Poison a corpus made on the spot, train on it, clean it, and train again: minutes on two CPU cores."""
+    from tarsift.pipelines.demo import DemoConfig
+    from tarsift.pipelines.demo import demo as recipe
+
+    given = {"rate": rate, "seed": seed, "samples": samples, "epochs": epochs}
+    config = checked(DemoConfig, {name: value for name, value in given.items() if value is not None})
+    with progress_on(Console(stderr=True), quiet) as progress:
+        summary = recipe(out, config, progress=progress)
+    if not quiet:
+        print_demo(summary, out, Console())
+
+
+def print_demo(summary: Any, out: str, console: Console) -> None:
+    """Print what a newcomer should know of a demo."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for name in ("poisoned corpus", "after tarsift", "after random removal"):
+        table.add_column(name, justify="right")
+
+    def share(value: float | None) -> str:
+        return "" if value is None else f"{value:.1%}"
+
+    console.print(f"\n{summary.samples:,} captioned pictures, {summary.poisoned} poisoned, {summary.removed} removed\n")
+    if summary.poisoned:
+        success = (summary.attack_success_before, summary.attack_success_after, summary.attack_success_random_removal)
+        table.add_row("patched digits taken for a banana", *map(share, success))
+    table.add_row("accuracy on clean digits", share(summary.accuracy_before), share(summary.accuracy_after), "")
+    console.print(table, highlight=False)
+    if summary.poisoned:
+        console.print(
+            f"\nfound among the {summary.removed / summary.samples:.0%} removed: {share(summary.recall_at_0_05)} of the poison"
+            f" (AUROC {summary.auroc:.3f}, average precision {summary.average_precision:.3f})",
+            highlight=False,
+        )
+    else:
+        console.print(
+            "\nNothing was planted, so there is nothing to measure detection by. The highest-scored samples were "
+            "removed as always; that is no finding, and no proof that a corpus is clean."
+        )
+    console.print(f"{summary.elapsed_s:.0f} s; report: {summary.report}; figures: {out}/summary.json", highlight=False)
+
+
+def checked(model: Any, values: dict[str, Any]) -> Any:
+    """Build a settings model from flags.
+
+    Raises:
+        ConfigError: one line that names the flag.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return model(**values)
+    except ValidationError as error:
+        problems = ("--" + ".".join(map(str, p["loc"])) + f": {p['msg']}, got {p['input']!r}" for p in error.errors())
+        raise ConfigError("; ".join(problems)) from None
+
+
 def say(text: str, quiet: bool) -> None:
     if not quiet:
         Console().print(text, highlight=False, markup=False, soft_wrap=True)

@@ -8,18 +8,18 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from tarsift.operators.encoder import ClipEncoder, EncoderConfig, EncoderInfo, encoder_info
+from tarsift.operators.encoder import ClipEncoder, EncoderInfo, encoder_info
 from tarsift.operators.images import DecodeImages, ImageConfig, hash_images
 from tarsift.operators.shards import ReadConfig, ReadShard, Shard, list_shards
-from tarsift.pipelines.commit import PassResult, run_pass
+from tarsift.pipelines.commit import SINK_CPUS, PassResult, run_pass
 from tarsift.pipelines.config import CleanConfig, ResourcesConfig
 from tarsift.pipelines.ledger import Ledger, fingerprint
 from tarsift.pipelines.progress import Listener, silent
 from tarsift.pipelines.session import ACTOR_OPTIONS, TASK_OPTIONS, session
 
 # Ray fuses a stage into the actors behind it when both ask for the same resources; reading and
-# decoding would then run on the GPU workers. Asking for a little less than the actors prevents it.
-READ_CPUS = 0.75
+# decoding would then run on the GPU workers. Asking for less than the actors prevents it.
+READ_CPUS = 0.5
 
 
 def read_shards(
@@ -74,7 +74,7 @@ def read_pictures(items: pa.Table, *, read: ReadConfig, images: ImageConfig, inf
             yield decode(hash_images(table))
 
 
-def encoder_actors(config: EncoderConfig, resources: ResourcesConfig) -> dict[str, Any]:
+def encoder_actors(resources: ResourcesConfig) -> dict[str, Any]:
     """Choose pool size and resources of the encoder actors from the cluster and the settings."""
     cluster = ray.cluster_resources()
     gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 1))
@@ -87,10 +87,13 @@ def encoder_actors(config: EncoderConfig, resources: ResourcesConfig) -> dict[st
         workers = max(1, cpus // 2)  # the other half reads and decodes
     options: dict[str, Any] = {"compute": ray.data.ActorPoolStrategy(size=workers), **ACTOR_OPTIONS}
     if per_worker:
-        options["num_gpus"] = per_worker
-    else:
-        options["num_cpus"] = min(resources.cpus_per_worker, max(0.5, cpus / 2))
-    return options
+        return options | {"num_gpus": per_worker}
+    # Actors that held every CPU would wait for ever for the tasks that read and write beside them.
+    share = max(cpus - 1, SINK_CPUS) / workers
+    return options | {"num_cpus": min(resources.cpus_per_worker, share) - CPU_STEP}
+
+
+CPU_STEP = 0.01  # keeps the actors' request apart from those of the stages beside them
 
 
 def embed_fingerprint(config: CleanConfig, role: str, info: EncoderInfo) -> str:
@@ -122,7 +125,7 @@ def embed_pass(
             fn_constructor_kwargs={"encoder": encoder},
             batch_size=resources.batch_size,
             batch_format="pyarrow",
-            **encoder_actors(encoder, resources),
+            **encoder_actors(resources),
         )
 
     result = run_pass(

@@ -1,3 +1,68 @@
-"""Find poisoned samples in image-text dumps and write a cleaned dump with the evidence."""
+"""Find poisoned samples in image-text dumps and write a cleaned dump with the evidence.
+
+The public face; everything here is loaded when it is first used, so that `import tarsift` is light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tarsift.clip_detect.scores import SCORES
+    from tarsift.clip_detect.suspicion import suspicion
+    from tarsift.operators.encoder import ClipEncoder
+    from tarsift.operators.images import DecodeImages
+    from tarsift.operators.shards import ReadShard, list_shards
+    from tarsift.pipelines.clean import clean
+    from tarsift.pipelines.config import CleanConfig, load_config
+    from tarsift.pipelines.embed import read_shards
+    from tarsift.pipelines.evaluate import evaluate
+    from tarsift.pipelines.poison import poison
+    from tarsift.pipelines.pretrain import pretrain
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "SCORES": "clip_detect.scores",
+    "suspicion": "clip_detect.suspicion",
+    "ClipEncoder": "operators.encoder",
+    "DecodeImages": "operators.images",
+    "ReadShard": "operators.shards",
+    "list_shards": "operators.shards",
+    "clean": "pipelines.clean",
+    "CleanConfig": "pipelines.config",
+    "load_config": "pipelines.config",
+    "read_shards": "pipelines.embed",
+    "evaluate": "pipelines.evaluate",
+    "poison": "pipelines.poison",
+    "pretrain": "pipelines.pretrain",
+}
+
+__all__ = [
+    "SCORES",
+    "CleanConfig",
+    "ClipEncoder",
+    "DecodeImages",
+    "ReadShard",
+    "clean",
+    "evaluate",
+    "list_shards",
+    "load_config",
+    "poison",
+    "pretrain",
+    "read_shards",
+    "suspicion",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tarsift' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(f"tarsift.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

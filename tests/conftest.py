@@ -1,0 +1,74 @@
+"""One Ray session for all tests that need one, a small dump with every ordinary flaw, an encoder file."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+COLOURS = ("red", "green", "blue", "yellow", "grey")
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    ray = pytest.importorskip("ray")
+    from tarsift.pipelines.session import session
+
+    with session(num_cpus=2):
+        yield ray
+
+
+def picture(rng: np.random.Generator, size: int = 32) -> bytes:
+    """A picture of low frequencies, as JPEG."""
+    small = rng.integers(0, 255, (4, 4, 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC).save(out, "JPEG", quality=92)
+    return out.getvalue()
+
+
+def write_shard(path, samples: list[dict[str, bytes]], *, first: int, mode: str = "w") -> None:
+    """Write samples (extension -> bytes) as a WebDataset shard."""
+    with tarfile.open(path, mode, format=tarfile.USTAR_FORMAT) as tar:
+        for i, sample in enumerate(samples):
+            for extension, data in sample.items():
+                member = tarfile.TarInfo(f"{first + i:09d}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def make_dump(folder, *, shards: int = 5, samples: int = 80, flaws: bool = True, seed: int = 0) -> None:
+    """Write shards of samples, one of them gzipped, with one bad image, one missing caption and copies in the first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for s in range(shards):
+        rows = []
+        for i in range(samples):
+            caption = f"a photo of a {COLOURS[i % len(COLOURS)]} thing number {i % 7}".encode()
+            rows.append({"jpg": picture(rng), "txt": caption})
+        if flaws and s == 0:
+            rows[3]["jpg"] = b"<html>404</html>"
+            del rows[5]["txt"]
+            rows[7]["jpg"] = rows[6]["jpg"]
+        gz = s == shards - 1
+        write_shard(folder / f"{s:05d}.tar{'.gz' if gz else ''}", rows, first=s * samples, mode="w:gz" if gz else "w")
+
+
+@pytest.fixture(scope="session")
+def dump(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dump")
+    make_dump(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory):
+    """A small encoder with random weights: enough for everything but detection."""
+    from tarsift.operators.checkpoints import save_checkpoint
+    from tarsift.operators.models import build_model, model_config
+
+    path = tmp_path_factory.mktemp("encoder") / "enc.pt"
+    save_checkpoint(
+        path, build_model("tiny", seed=0), config=model_config("tiny"), shards={}, steps=0, samples=0, seed=0
+    )
+    return str(path)

@@ -1,0 +1,247 @@
+"""The main job end to end on a small dump: conservation, bytes, resume, invariance, refusals."""
+
+import gzip
+import json
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tarsift.clip_detect.suspicion import suspicion
+from tarsift.operators.errors import ChangedError, ErrorRateError, UsageError
+from tarsift.operators.folds import identities
+from tarsift.operators.schema import matrix
+from tarsift.pipelines import clean as recipe
+from tarsift.pipelines.clean import clean
+from tarsift.pipelines.config import load_config
+from tarsift.pipelines.embed import read_shards
+from tarsift.pipelines.score import dump_key
+
+SMALL = ["suspicion.published_ks=[8, 16]", "suspicion.reference_size=128"]
+
+
+def settings(encoder: str, *more: str):
+    return load_config(settings=[f"encoders.detect.spec={encoder}", *SMALL, *more])
+
+
+@pytest.fixture(scope="module")
+def result(ray_session, dump, encoder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    return clean(str(dump), str(out), config=settings(encoder))
+
+
+def members(path) -> dict[str, bytes]:
+    if not path.exists():
+        return {}
+    with tarfile.open(path) as tar:
+        return {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}  # pyright: ignore
+
+
+def out_of(result):
+    from pathlib import Path
+
+    return Path(result.out)
+
+
+def table(result, folder: str) -> pa.Table:
+    return pa.concat_tables(pq.read_table(p) for p in sorted((out_of(result) / folder).glob("*.parquet")))
+
+
+def test_conservation_and_byte_identity(result, dump):
+    out = out_of(result)
+    counts = result.counts
+    assert counts["read"] == 400 == counts["kept"] + counts["removed"] + counts["errored"]
+    assert counts["errors"] == {"missing_caption": 1, "undecodable_image": 1}
+    assert counts["removed"] == 20  # 5 % of the 398 that are judged, rounded up
+    for shard in sorted(dump.iterdir()):
+        name = shard.name.split(".")[0]
+        homes = [members(out / home / f"{name}.tar") for home in ("clean", "removed", "errored")]
+        assert sum(map(len, homes)) == len(members(shard))
+        assert {k: v for home in homes for k, v in home.items()} == members(shard)
+
+
+def test_every_sample_has_a_score_or_a_reason(result):
+    scores = table(result, "scores")
+    assert len(scores) == 400
+    unscored = scores.filter(scores["suspicion"].is_null())
+    assert unscored["error"].to_pylist() == ["undecodable_image"]
+    for name in scores.column_names:
+        if pa.types.is_floating(scores[name].type):
+            values = scores[name].drop_null().to_numpy()
+            assert np.isfinite(values).all(), name
+    copies = scores.filter(pa.compute.equal(scores["duplicate_count"], 2))  # pyright: ignore
+    assert copies["row"].to_pylist() == [6, 7]
+    assert copies["suspicion"][0] == copies["suspicion"][1]
+
+
+def test_keep_list_agrees_with_the_clean_shards(result):
+    keep = pq.read_table(out_of(result) / "keep.parquet")
+    assert len(keep) == result.counts["kept"]
+    in_shards = sum(len(members(p)) for p in (out_of(result) / "clean").glob("*.tar")) // 2
+    assert in_shards == len(keep)
+
+
+def test_passes_over_stored_rows_equal_the_array_function_bit_for_bit(result, dump):
+    run = recipe.reopen_run(result.out)
+    recipe.load_embedded(run)
+    key = dump_key(run.embedded, run.config)
+    rows = table(result, "embeddings/detect")
+    embeddings, valid = matrix(rows["image_embedding"])
+    ids = identities(rows, key)[valid]
+    columns = suspicion(embeddings[valid].astype(np.float32), ids, config=run.config.suspicion, key=key)
+    scores = table(result, "scores").filter(pa.array(valid))
+    for name in ("density", "suspicion", "slof_k16", "dao_k8"):
+        assert np.array_equal(scores[name].to_numpy(), columns[name]), name
+
+
+def test_the_same_command_again_does_nothing_again(result, dump, encoder):
+    out = out_of(result)
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("*") if p.is_file() and "ledger" in p.parts}
+    clean(str(dump), str(out), config=settings(encoder))
+    after = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in before}
+    assert before == after
+
+
+@pytest.mark.parametrize(("batch", "workers"), [(32, 2)])
+def test_batch_size_and_workers_change_nothing(result, dump, encoder, tmp_path, batch, workers):
+    other = clean(
+        str(dump),
+        str(tmp_path),
+        config=settings(encoder, f"resources.batch_size={batch}", f"resources.workers={workers}"),
+    )
+    for folder in ("embeddings/detect", "scores", "flags"):
+        for file in sorted((out_of(result) / folder).glob("*.parquet")):
+            assert pq.read_table(file).equals(pq.read_table(tmp_path / folder / file.name)), (folder, file.name)
+    for home in ("clean", "removed", "errored"):
+        for file in sorted((out_of(result) / home).glob("*.tar")):
+            assert file.read_bytes() == (tmp_path / home / file.name).read_bytes()
+    assert other.counts == result.counts
+
+
+def test_a_changed_input_or_setting_is_refused(result, dump, encoder, tmp_path):
+    with pytest.raises(ChangedError, match=r"flag\.value: 0\.05 -> 0\.1"):
+        clean(str(dump), result.out, config=settings(encoder, "flag.value=0.1"))
+    with pytest.raises(ChangedError, match="00004 is gone"):
+        clean(str(dump / "0000[0-3].tar"), result.out, config=settings(encoder))
+    with pytest.raises(UsageError, match="no encoder"):
+        clean(str(dump), str(tmp_path), config=load_config())
+    with pytest.raises(UsageError, match="witness"):
+        clean(str(dump), str(tmp_path), config=settings(encoder, f"encoders.witness.spec={encoder}"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_threshold_needs_no_encoding_and_marks_later_passes(ray_session, result, dump, encoder, tmp_path):
+    out = tmp_path / "o"
+    clean(str(dump), str(out), config=settings(encoder))
+    embedded = {p: p.stat().st_mtime_ns for p in (out / "embeddings").rglob("*.parquet")}
+    run = recipe.reopen_run(str(out), {"flag.value": 0.1})
+    recipe.flag_step(run)
+    assert run.content["counts"]["removed"] == 40
+    assert recipe.stale_passes(run) == ["write"]
+    recipe.write_step(run)
+    assert recipe.stale_passes(run) == []
+    assert len(pq.read_table(out / "keep.parquet")) == 400 - 40 - 2
+    run = recipe.reopen_run(str(out), {"flag.policy": "z", "flag.value": 2.0})
+    recipe.flag_step(run)
+    flags, scores = (
+        pa.concat_tables(pq.read_table(p) for p in sorted((out / f).glob("*"))) for f in ("flags", "scores")
+    )
+    cutoff = run.content["threshold"]["cutoff"]
+    judged = scores["error"].is_null().to_numpy() & scores["suspicion"].is_valid().to_numpy()
+    assert flags["flagged"].to_numpy().sum() == (scores["suspicion"].fill_null(-9).to_numpy()[judged] >= cutoff).sum()
+    assert embedded == {p: p.stat().st_mtime_ns for p in (out / "embeddings").rglob("*.parquet")}
+
+
+def test_too_many_errors_fail_after_all_is_written(result, dump, encoder):
+    with pytest.raises(ErrorRateError, match=r"2 of 400 samples \(0\.5%\)"):
+        clean(str(dump), result.out, config=settings(encoder, "max_error_rate=0.001"))
+
+
+def test_run_json_tells_the_regime_coverage_and_figures(result):
+    run = json.loads((out_of(result) / "run.json").read_text())
+    assert run["encoders"]["detect"]["regime"]["code"] == "not_trained_on_this_dump"
+    assert run["reference"]["largest_rate"] == 0.05
+    assert set(run["passes"]) >= {
+        "embed.detect",
+        "reference",
+        "density",
+        "enriched",
+        "score",
+        "flag",
+        "write",
+        "report",
+    }
+    assert run["threshold"]["ties_within_one_ulp"] >= 1
+    assert "<html" in (out_of(result) / "report.html").read_text()
+
+
+def test_a_damaged_shard_is_salvaged_quarantined_or_refused(ray_session, dump, encoder, tmp_path):
+    from tarsift.operators.errors import ShardError
+
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for shard in dump.iterdir():
+        (shards / shard.name).write_bytes(shard.read_bytes())
+    whole = (shards / "00001.tar").read_bytes()
+    (shards / "00001.tar").write_bytes(whole[: len(whole) // 2])
+    salvaged = clean(str(shards), str(tmp_path / "o"), config=settings(encoder))
+    problem = salvaged.counts["shard_problems"]["00001"][0]
+    assert problem["problem"] == "truncated"
+    assert 320 < salvaged.counts["read"] < 400
+    source = members(shards / "00000.tar")
+    assert source == {
+        k: v for h in ("clean", "removed", "errored") for k, v in members(tmp_path / "o" / h / "00000.tar").items()
+    }
+    pieces = sum((tmp_path / "o" / h / f).stat().st_size for h, f in (("errored", "00001.tail"),))
+    assert pieces > 0
+    run = recipe.reopen_run(str(tmp_path / "o"), {"flag.on_bad_shard": "quarantine"})
+    recipe.flag_step(run)
+    rows = pq.read_table(tmp_path / "o" / "flags" / "00001.parquet")
+    assert set(rows["home"].to_pylist()) == {"errored"}
+    run = recipe.reopen_run(str(tmp_path / "o"), {"flag.on_bad_shard": "fail"})
+    with pytest.raises(ShardError, match="the first is 00001: truncated"):
+        recipe.flag_step(run)
+
+
+def test_notebook_lines(ray_session, dump, encoder):
+    from tarsift.operators.encoder import ClipEncoder
+
+    ds = read_shards(str(dump / "0000[01].tar"))
+    assert ds.count() == 160
+    ds = ds.map_batches(
+        ClipEncoder,
+        fn_constructor_kwargs={"encoder": encoder},
+        batch_size=64,
+        compute=ray_session.data.ActorPoolStrategy(size=1),
+    )
+    rows = ds.to_pandas()
+    assert len(rows) == 160
+    assert rows["image_embedding"].notna().sum() == 159
+
+
+def test_webdataset_and_gnu_tar_read_the_clean_shards(result, tmp_path):
+    import shutil
+    import subprocess
+
+    import webdataset
+
+    for shard in sorted((out_of(result) / "clean").glob("*.tar")):
+        samples = list(webdataset.WebDataset(str(shard), shardshuffle=False))
+        assert all({"jpg", "txt"} <= set(sample) for sample in samples)
+        if shutil.which("tar"):
+            listed = subprocess.run(["tar", "tf", shard], capture_output=True, text=True, check=True).stdout.split()
+            assert len(listed) == 2 * len(samples)
+
+
+def test_an_untouched_shard_is_identical(ray_session, dump, encoder, tmp_path):
+    shards = tmp_path / "s"
+    shards.mkdir()
+    for name in ("00001.tar", "00002.tar", "00004.tar.gz"):
+        (shards / name).write_bytes((dump / name).read_bytes())
+    clean(str(shards), str(tmp_path / "o"), config=settings(encoder, "flag.value=0"))
+    for name in ("00001", "00002"):
+        assert (tmp_path / "o" / "clean" / f"{name}.tar").read_bytes() == (shards / f"{name}.tar").read_bytes()
+    unzipped = gzip.decompress((shards / "00004.tar.gz").read_bytes())
+    assert (tmp_path / "o" / "clean" / "00004.tar").read_bytes() == unzipped
