@@ -1,3 +1,5 @@
+import inspect
+
 import numpy as np
 import pytest
 
@@ -10,8 +12,8 @@ poison = np.array([1, 0, 1, 0, 0, 0, 0, 0, 0, 0], bool)
 def test_by_hand():
     assert auroc(scores, poison) == 15 / 16  # one of 2 x 8 pairs is the wrong way round
     np.testing.assert_allclose(average_precision(scores, poison), (1 + 2 / 3) / 2)
-    assert [recall_at(scores, poison, f) for f in (0.1, 0.2, 0.3, 1)] == [0.5, 0.5, 1, 1]
-    assert [clean_lost_at(scores, poison, f) for f in (0.1, 0.2, 0.3, 1)] == [0, 1, 1, 8]
+    assert [recall_at(scores, poison, f) for f in (0.1, 0.2, 0.3, 1.0)] == [0.5, 0.5, 1, 1]
+    assert [clean_lost_at(scores, poison, f) for f in (0.1, 0.2, 0.3, 1.0)] == [0, 1, 1, 8]
     assert recall_at(scores, poison, 0.21) == 1  # rounded up to three samples
 
 
@@ -50,8 +52,8 @@ def test_errors_teach():
     with pytest.raises(ValueError, match="a score is NaN"):
         auroc(np.where(poison, np.nan, scores), poison)
     with pytest.raises(ValueError, match=r"got \(9,\) scores, \(10,\) labels"):
-        auroc(scores[:9], poison)
+        inspect.unwrap(auroc)(scores[:9], poison)  # its own checks, also where annotations are checked before
     with pytest.raises(ValueError, match="must be boolean"):
-        auroc(scores, poison.astype(int))
+        inspect.unwrap(auroc)(scores, poison.astype(int))
     with pytest.raises(ValueError, match="`fraction` must be over 0"):
-        recall_at(scores, poison, 0)
+        recall_at(scores, poison, 0.0)

@@ -3,7 +3,7 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tarsift.clip_detect.neighbors import unit_norm
@@ -37,6 +37,7 @@ def test_resalt_is_one_to_one_and_unrelated():
     assert (resalt(first, "a") == second).all()
 
 
+@settings(deadline=None)
 @given(hashes, hashes, st.integers(1, 20))
 def test_samples_merge(left, right, count):
     whole = np.concatenate([left, right])
