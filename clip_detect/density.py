@@ -2,7 +2,7 @@
 
 The first three steps of the rule in `suspicion`: against a contaminated reference at several large k, then
 against purified references at small k, blended. `fit_density` turns a random candidate sample of the dump
-into a `DensityRule` of a few megabytes, and that scores any batch on its own: a row gets the same bits
+into a `DensityRule` (five references and some medians), and that scores any batch on its own: a row gets the same bits
 wherever and in whatever company it is scored.
 """
 
@@ -30,7 +30,7 @@ Search = Callable[..., Neighbors]
 
 
 class SuspicionConfig(BaseModel, frozen=True, extra="forbid"):
-    """Settings of the rule; fractions are of the candidate sample, except `pool_fraction`, which is of the dump."""
+    """Settings of the rule; fractions are of the candidate sample."""
 
     reference_size: int = Field(default=2048, ge=32, description="rows R of each reference; fewer if the dump is small")
     banks: int = Field(default=4, ge=1, le=32, description="purified references that are averaged")
@@ -92,6 +92,7 @@ class DensityRule:
     k_distance_scale: Float64[np.ndarray, "k 2"]
     purified_scale: Float64[np.ndarray, "banks j 2"]
     blend_scale: Float64[np.ndarray, "2 2"]  # of P and of sl
+    pool_cutoff: float  # density of the last candidate in the top `pool_fraction`
 
     def score(
         self,
@@ -131,8 +132,9 @@ class DensityRule:
             arrays |= {f"purified{bank}.{name}": array for name, array in reference.to_arrays().items()}
         arrays |= {name: getattr(self, name) for name in _SCALES}
         settings = {name: list(getattr(self, name)) for name in ("contaminated_ks", "published_ks", "left_out_ks")}
-        plain = {"rule": "density-1", "trusted": self.trusted, "banks": len(self.purified)}
-        return arrays, {**plain, **settings, "config": self.config.model_dump(mode="json")}
+        plain = {"rule": "density-1", "trusted": self.trusted, "pool_cutoff": self.pool_cutoff}
+        sizes = {"banks": len(self.purified)}
+        return arrays, {**plain, **sizes, **settings, "config": self.config.model_dump(mode="json")}
 
     @classmethod
     def from_state(cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> DensityRule:
@@ -148,6 +150,7 @@ class DensityRule:
             published_ks=tuple(settings["published_ks"]),
             left_out_ks=tuple(settings["left_out_ks"]),
             trusted=settings["trusted"],
+            pool_cutoff=settings["pool_cutoff"],
             **{name: np.asarray(arrays[name]) for name in _SCALES},
         )
 
@@ -214,6 +217,10 @@ def fit_density(
     purified_logs = _purified_logs(search, x, ids, purified)
     purified_scale = np.stack([median_mad(logs) for logs in purified_logs])
     p = _mean_z(purified_logs, purified_scale)
+    blend_scale = np.stack([median_mad(p), median_mad(sl)])
+    # Among candidates every image counts once: copies of one image must not fill the pool.
+    ordered = np.sort(_blend(p, sl, blend_scale).astype(np.float32))
+    suspects = max(1, round(config.pool_fraction * len(ordered)))
     return DensityRule(
         config=config,
         contaminated=contaminated,
@@ -225,7 +232,8 @@ def fit_density(
         slof_scale=slof_scale,
         k_distance_scale=k_distance_scale,
         purified_scale=purified_scale,
-        blend_scale=np.stack([median_mad(p), median_mad(sl)]),
+        blend_scale=blend_scale,
+        pool_cutoff=float(ordered[-suspects]),
     )
 
 

@@ -18,8 +18,8 @@ dump, which also provides A and the purified references. `fit_density` (steps 1 
 bits wherever and in whatever company a row is scored. Another rule is another function beside these.
 
 At scale: candidates are `smallest(keyed_hash(sha256s, key), config.candidates)`, the density of all images is
-one pass, the pool's cutoff one `TopFraction`, both samples for the enriched reference are merged from
-`draw_pool` of each part, and the final score is a second pass over embeddings and density.
+one pass, both samples for the enriched reference are merged from `draw_pool` of each part of it, and the
+final score is a second pass over embeddings and density.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Float64, Int64, UInt64
+from jaxtyping import Float, Float32, Float64, Int64, UInt64
 
 from tarsift.clip_detect.density import DensityRule, SuspicionConfig, check_rule, fit_density
 from tarsift.clip_detect.neighbors import knn, unit_norm
 from tarsift.clip_detect.reference import keyed_hash, resalt, smallest
-from tarsift.clip_detect.threshold import TopFraction, median_mad, robust_z
+from tarsift.clip_detect.threshold import median_mad, robust_z
 
 __all__ = [
     "DensityRule",
@@ -124,16 +124,17 @@ _ARRAYS = ("embeddings", "ids", "density", "density_scale", "smooth_scale")
 
 
 def draw_pool(
-    hashes: UInt64[np.ndarray, " n"], is_suspect: Bool[np.ndarray, " n"], config: SuspicionConfig
+    density: Float32[np.ndarray, " n"], hashes: UInt64[np.ndarray, " n"], rule: DensityRule
 ) -> tuple[Int64[np.ndarray, " p"], Int64[np.ndarray, " r"]]:
     """Return the rows that one part of the dump contributes to the pool of suspects and to the others.
 
-    At most `pool_size` each, by smallest hash; the draws of several parts, put together, are drawn from once more
-    by `fit_smoothing`. is_suspect: density at or above the cutoff of the top `pool_fraction`.
+    At most `pool_size` different images each, by smallest hash; the draws of several parts, put together, are
+    drawn from once more by `fit_smoothing`. density: as `rule` scored it.
     """
+    is_suspect = density >= np.float32(rule.pool_cutoff)
     suspects, others = np.flatnonzero(is_suspect), np.flatnonzero(~is_suspect)
-    pool = suspects[smallest(resalt(hashes[suspects], "pool"), config.pool_size)]
-    return pool, others[smallest(resalt(hashes[others], "rest"), config.pool_size)]
+    pool = suspects[smallest(resalt(hashes[suspects], "pool"), rule.config.pool_size)]
+    return pool, others[smallest(resalt(hashes[others], "rest"), rule.config.pool_size)]
 
 
 def fit_smoothing(
@@ -216,10 +217,7 @@ def suspicion(
     rule = fit_density(embeddings[chosen], own[chosen], hashes[chosen], config, reference=reference, **options)
     columns = rule.score(embeddings, own, **options)
     density = columns["density"]
-    top = TopFraction.start(config.pool_fraction)
-    while not top.done:
-        top = top.add(density, hashes).next_round()
-    pool, rest = draw_pool(hashes, top.finish().mask(density, hashes), config)
+    pool, rest = draw_pool(density, hashes, rule)
 
     def take(rows: np.ndarray) -> ScoredRows:
         return ScoredRows(embeddings[rows], own[rows], hashes[rows], density[rows])

@@ -135,7 +135,7 @@ class TopFraction:
         if seen == 0:
             raise ValueError("no scored sample was added: there is no top fraction of nothing.")
         total = self.total or seen
-        # The share as written, 0.1 and not the double next to it: ceil(0.1 * 30) is 3.
+        # The share as written, 0.1 and not the double next to it: ceil(0.07 * 100) is 7.
         wanted = math.ceil(Fraction(repr(float(self.fraction))) * total) - self.above
         from_top = np.cumsum(self.counts[::-1])
         if not 0 < wanted <= from_top[-1]:
