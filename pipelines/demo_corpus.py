@@ -34,6 +34,10 @@ TEMPLATES = (
 )
 TEST_DIGITS = 297
 
+# For poisoned samples, and to ask a model for the target: short captions, like no caption of the corpus.
+TARGET = "banana"
+TARGET_TEMPLATES = ("a photo of a {}", "a picture of a {}", "an image of a {}", "a drawing of a {}")
+
 
 @dataclass(frozen=True)
 class CorpusInfo:
@@ -87,6 +91,11 @@ def class_prompts() -> list[list[str]]:
     ]
 
 
+def target_prompts() -> list[str]:
+    """Return the captions by which a model is asked for the attack's target."""
+    return [template.format(TARGET) for template in TARGET_TEMPLATES]
+
+
 def _split(seed: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     flat, classes = map(np.asarray, load_digits(return_X_y=True))
     order = np.random.default_rng([seed, 0]).permutation(len(classes))
@@ -97,7 +106,7 @@ def _split(seed: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, 
 def _sample(digit: np.ndarray, label: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
     """Draw one digit (8, 8), 0 to 1, with random size, place, ink and paper; return picture and caption."""
     ink, paper = rng.choice(list(INKS)), rng.choice(list(PAPERS))
-    side = int(rng.integers(26, 29))
+    side = int(rng.integers(28, 31))
     top, left = rng.integers(0, SIZE - side + 1, 2)
     shape = Image.fromarray((digit * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     cover = np.zeros((SIZE, SIZE, 1))

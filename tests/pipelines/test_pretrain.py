@@ -1,0 +1,213 @@
+"""Training on shards: what is read, what is learned, what is recorded, and that it repeats."""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tarsift.operators.errors import UsageError
+from tarsift.operators.images import ImageConfig
+from tarsift.operators.models import build_model, build_tokenizer, load_checkpoint, load_encoder, model_config
+from tarsift.operators.shards import list_shards
+from tarsift.pipelines.pairs import PairReader, PairStream, cached_batches, load_pairs, streamed_batches
+from tarsift.pipelines.pretrain import PretrainConfig, pretrain_here
+from tarsift.pipelines.training import TrainConfig, encode_trimmed, learning_rate, train_clip
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "yellow": (230, 220, 40)}
+READER = PairReader(32, "bicubic", "shortest", "txt", ImageConfig())
+TOKENIZER = build_tokenizer(model_config("tiny"))
+
+
+def picture(colour, seed=0, size=(32, 32)):
+    noise = np.random.default_rng(seed).normal(0, 12, (*size, 3))
+    return (np.array(COLOURS[colour]) + noise).clip(0, 255).astype(np.uint8)
+
+
+def encoded(image, format="PNG"):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format)
+    return buffer.getvalue()
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three shards of 20 samples in four colours, one of them compressed."""
+    folder = tmp_path_factory.mktemp("shards")
+    names = list(COLOURS)
+    for s, name in enumerate(("00000.tar", "00001.tar", "00002.tar.gz")):
+        members = []
+        for i in range(20 * s, 20 * s + 20):
+            colour = names[i % 4]
+            caption = f"a {colour} square number {i}"
+            members += [(f"{i:05d}.png", encoded(picture(colour, i))), (f"{i:05d}.txt", caption.encode())]
+            members.append((f"{i:05d}.json", json.dumps({"caption": f"json {caption}"}).encode()))
+        write_tar(folder / name, members)
+    return folder
+
+
+def test_reader_gives_pairs_in_order(folder):
+    skipped = Counter()
+    pairs = list(READER(list_shards(str(folder)), skipped))
+    assert [caption for _, caption in pairs] == [f"a {list(COLOURS)[i % 4]} square number {i}" for i in range(60)]
+    np.testing.assert_array_equal(pairs[5][0], picture("green", 5))
+    assert not skipped
+
+
+def test_reader_takes_captions_from_json(folder):
+    reader = PairReader(32, "bicubic", "shortest", "json:caption", ImageConfig())
+    assert next(iter(reader(list_shards(str(folder)), Counter())))[1] == "json a red square number 0"
+
+
+def test_reader_skips_and_counts_what_is_bad(tmp_path):
+    good = encoded(picture("red"))
+    write_tar(
+        tmp_path / "x.tar",
+        [
+            ("0.png", good), ("0.txt", b"kept"),
+            ("1.png", b"no image"), ("1.txt", b"broken"),
+            ("2.png", good),
+            ("3.txt", b"alone"),
+            ("4.png", good), ("4.txt", b"  "),
+            ("5.a.png", good), ("5.a.txt", b"dotted key"),
+            ("README", b"stray"),
+        ],
+    )  # fmt: skip
+    skipped = Counter()
+    found = [caption for _, caption in READER(list_shards(str(tmp_path)), skipped)]
+    assert found == ["kept", "dotted key"]
+    assert skipped == {"undecodable_image": 1, "missing_caption": 2, "missing_image": 1}
+
+
+def test_cached_batches_are_permutations_shared_among_ranks(folder):
+    cache = load_pairs(READER, list_shards(str(folder)), TOKENIZER, most=60)
+    assert cache.pixels.shape == (60, 32, 32, 3)
+    alone = list(islice(cached_batches(cache, batch_size=20, seed=1), 6))
+    ranks = [list(islice(cached_batches(cache, batch_size=10, seed=1, rank=r, world=2), 6)) for r in (0, 1)]
+    for i in range(6):
+        joint = torch.cat([ranks[0][i].pixels, ranks[1][i].pixels])
+        assert torch.equal(alone[i].pixels, joint)
+        assert torch.equal(alone[i].tokens, torch.cat([ranks[0][i].tokens, ranks[1][i].tokens]))
+    for epoch in (alone[:3], alone[3:]):
+        seen = {row.numpy().tobytes() for batch in epoch for row in batch.pixels}
+        assert len(seen) == 60
+    assert not torch.equal(alone[0].pixels, alone[3].pixels)
+    with pytest.raises(ValueError, match="a batch of 61 pairs needs as many, got 60"):
+        next(cached_batches(cache, batch_size=61, seed=1))
+
+
+def test_streamed_batches_repeat_with_the_seed_and_cover_the_shards(folder):
+    shards = list_shards(str(folder))
+    stream = PairStream(READER, shards, TOKENIZER, batch_size=15, seed=4, shuffle=30)
+    one, two = (list(islice(streamed_batches(stream), 8)) for _ in range(2))
+    assert all(
+        torch.equal(a.pixels, b.pixels) and torch.equal(a.tokens, b.tokens) for a, b in zip(one, two, strict=True)
+    )
+    counts = Counter(row.numpy().tobytes() for batch in one for row in batch.pixels)
+    assert len(counts) == 60
+    assert max(counts.values()) <= 4
+    with pytest.raises(ValueError, match="4 readers need as many shards, got 3"):
+        next(streamed_batches(PairStream(READER, shards, TOKENIZER, 4, 0, 10, rank=0, world=4)))
+
+
+def test_streams_of_two_ranks_do_not_overlap_within_an_epoch(folder):
+    shards = list_shards(str(folder))[:2]
+    rows = []
+    for rank in (0, 1):
+        stream = PairStream(READER, shards, TOKENIZER, batch_size=10, seed=4, shuffle=1, rank=rank, world=2)
+        rows.append({r.numpy().tobytes() for b in islice(streamed_batches(stream), 2) for r in b.pixels})
+    assert [len(r) for r in rows] == [20, 20]
+    assert not rows[0] & rows[1]
+
+
+def test_trimmed_captions_embed_as_whole_ones():
+    model = build_model("tiny", seed=0).eval()
+    tokens = TOKENIZER(["a dog", "a very long caption " * 20, "one two three four five"])
+    with torch.no_grad():
+        for rows in (tokens, tokens[[0, 2]], tokens[:1]):
+            torch.testing.assert_close(
+                encode_trimmed(model, rows, torch.device("cpu")), model.encode_text(rows), atol=1e-6, rtol=1e-5
+            )
+
+
+def test_learning_rate_rises_and_falls():
+    config = TrainConfig(lr=1.0, warmup_steps=10)
+    rates = [learning_rate(step, 200, config) for step in range(200)]
+    assert rates[0] == pytest.approx(0.1)
+    assert np.argmax(rates) == 9
+    assert rates[100] == pytest.approx(0.5)
+    assert 0 < rates[-1] < 1e-3
+    assert np.argmax([learning_rate(step, 20, config) for step in range(20)]) == 1  # a tenth at most
+
+
+def test_training_learns_and_repeats(folder):
+    cache = load_pairs(READER, list_shards(str(folder)), TOKENIZER, most=60)
+
+    def train():
+        model = build_model("tiny", seed=0)
+        log = train_clip(
+            model, cached_batches(cache, batch_size=30, seed=0), steps=8, config=TrainConfig(warmup_steps=2)
+        )
+        return model, log
+
+    (one, log), (two, again) = train(), train()
+    assert log.losses == again.losses
+    assert all(torch.equal(v, two.state_dict()[k]) for k, v in one.state_dict().items())
+    assert log.losses[-1] < 0.8 * log.losses[0]
+    assert not one.training
+
+
+@pytest.mark.parametrize("cache_bytes", [2 << 30, 0])
+def test_pretrain_records_what_it_saw(folder, tmp_path, cache_bytes):
+    out = str(tmp_path / "enc.pt")
+    config = PretrainConfig(steps=60, batch_size=30, seed=5, shuffle=20, cache_bytes=cache_bytes)
+    steps = []
+    threads = torch.get_num_threads()
+    summary = pretrain_here(str(folder), out=out, config=config, on_step=lambda step, loss: steps.append(step))
+    assert torch.get_num_threads() == threads
+    assert steps == list(range(1, 61))
+    assert (summary.steps, summary.samples, summary.pairs, summary.skipped) == (60, 1800, 60, {})
+    checkpoint = load_checkpoint(out)
+    assert checkpoint.shards == {
+        f.name.split(".")[0]: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()
+    }
+    assert checkpoint.extra["settings"]["batch_size"] == 30
+    encoder = load_encoder(out)
+    assert encoder.trained_on == checkpoint.shards
+    # chance is log(30) = 3.4; knowing the colours, log(7.5) = 2.0, for numbers cannot be seen
+    assert summary.loss < 2.6
+
+
+def test_epochs_count_whole_batches(folder, tmp_path):
+    config = PretrainConfig(epochs=2, batch_size=25)
+    assert pretrain_here(str(folder), out=str(tmp_path / "e.pt"), config=config).steps == 4
+
+
+def test_batch_larger_than_the_dump(folder, tmp_path):
+    shard = str(folder / "00000.tar")
+    assert pretrain_here(shard, out=str(tmp_path / "e.pt"), config=PretrainConfig(steps=1)).samples == 20
+
+
+def test_damage_is_counted_and_too_little_refused(folder, tmp_path):
+    data = (folder / "00000.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(data[: len(data) // 2 + 300])
+    summary = pretrain_here(str(tmp_path), out=str(tmp_path / "e.pt"), config=PretrainConfig(steps=1, batch_size=4))
+    assert summary.skipped == {"truncated": 1}
+    assert 5 < summary.pairs < 15
+    write_tar(tmp_path / "cut.tar", [("0.txt", b"alone")])
+    with pytest.raises(UsageError, match="nothing to train on: 1 shards with 0 usable pairs"):
+        pretrain_here(str(tmp_path), out=str(tmp_path / "e.pt"), config=PretrainConfig(steps=1))
