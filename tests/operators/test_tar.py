@@ -8,7 +8,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tarsift.operators.errors import SHARD_PROBLEMS
@@ -99,6 +99,7 @@ def test_sparse_files_are_told_and_skipped(tmp_path: Path, format: list[str]):
     assert members[1].payload == b"after"
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.text("aé/._ü", min_size=1, max_size=130), st.binary(max_size=1100)), max_size=5))
 def test_agrees_with_tarfile_on_any_names(files: list[tuple[str, bytes]]):
     data = by_tarfile(files, "pax")
