@@ -152,6 +152,13 @@ def remove(url: str) -> None:
         fs.rm_file(path)
 
 
+def remove_tree(folder: str) -> None:
+    """Remove a folder and all below it; that it was not there is fine."""
+    fs, path = filesystem(folder)
+    with suppress(FileNotFoundError):
+        fs.rm(path, recursive=True)
+
+
 def list_files(folder: str, suffix: str = "") -> list[str]:
     """Return the names below `folder`, at any depth and sorted, that end in `suffix`; none if it is not there.
 

@@ -8,7 +8,6 @@ row order into the pass's file and the driver commits it. A part that no receipt
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import time
@@ -316,8 +315,6 @@ def _merge_and_tidy(
     folder: str, name: str, parts: list[str], target: str, end: dict[str, Any], metadata: dict[str, str]
 ) -> dict[str, Any]:
     entry = merge_parts(parts, target, end["rows"], metadata)
-    fs, path = storage.filesystem(storage.join(folder, ".parts", name))
-    with contextlib.suppress(FileNotFoundError):
-        fs.rm(path, recursive=True)
+    storage.remove_tree(storage.join(folder, ".parts", name))
     source = {key: end[key] for key in ("sha256", "bytes", "problems") if key in end}
     return {**entry, "output": f"{name}.parquet", "source": source}

@@ -73,17 +73,20 @@ def _data_context() -> Iterator[None]:
     before = {name: getattr(context, name) for name in settings}
     loggers = [logging.getLogger(name) for name in ("ray.data", "ray.train", "ray.tune")]
     levels = [logger.level for logger in loggers]
-    for name, value in settings.items():
-        setattr(context, name, value)
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             # Ray 2.60 announces named parameters for all options; those for retries are not there yet.
             warnings.filterwarnings("ignore", message=".*ray_remote_args.*is deprecated")
+            warnings.filterwarnings("ignore", message=".*retried_io_errors.*substring")
+            for name, value in settings.items():
+                setattr(context, name, value)
             yield
     finally:
-        for name, value in before.items():
-            setattr(context, name, value)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for name, value in before.items():
+                setattr(context, name, value)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -146,7 +146,7 @@ def test_another_threshold_needs_no_encoding_and_marks_later_passes(ray_session,
     run = recipe.reopen_run(str(out), {"flag.policy": "z", "flag.value": 2.0})
     recipe.flag_step(run)
     flags, scores = (
-        pa.concat_tables(pq.read_table(p) for p in sorted((out / f).glob("*"))) for f in ("flags", "scores")
+        pa.concat_tables(pq.read_table(p) for p in sorted((out / f).glob("*.parquet"))) for f in ("flags", "scores")
     )
     cutoff = run.content["threshold"]["cutoff"]
     judged = scores["error"].is_null().to_numpy() & scores["suspicion"].is_valid().to_numpy()
