@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -279,6 +280,24 @@ def test_damage(tmp_path: Path, data: bytes, problem: str, samples: int):
     assert [p.problem for p in end.problems] == [problem]
     assert end.sha256 == hashlib.sha256(data).hexdigest()
     assert errors(rows) == [None] * samples
+
+
+def test_trailing_data_cuts_no_sample(tmp_path: Path):
+    data = archive([*sample("0"), member("1.jpg", b"1")]) + b"x"
+    assert errors(read(put(tmp_path / "s.tar", data))[0]) == [None, "missing_caption"]
+
+
+def test_rows_come_while_the_shard_is_read(tmp_path: Path):
+    image = bytes(100_000)
+    members = [member("lone.jpg", image), *(b for i in range(400) for b in sample(str(i), image=image))]
+    shard = put(tmp_path / "s.tar", archive(members))
+    members.clear()
+    tracemalloc.start()
+    try:
+        assert sum(t.num_rows for t in ReadShard(ReadConfig(batch_rows=8))(shard)) == 401
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20  # of 40 MB
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_cut_gzip_shard_is_noticed_at_every_byte(tmp_path: Path):
