@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,7 @@ class Histogram:
     cutoff: float | None = None
 
 
-def short_number(value: float) -> str:
+def short_number(value: float | int) -> str:
     """Write a number in at most about six characters: `950`, `12.3k`, `3.3M`, `0.042`."""
     if not math.isfinite(value):
         return "–"
@@ -40,7 +41,7 @@ def short_number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def ticks(low: float, high: float, count: int = 6) -> list[float]:
+def ticks(low: float | int, high: float | int, count: int = 6) -> list[float | int]:
     """Return round numbers between `low` and `high`, about `count` of them."""
     if not high > low:
         return [low]
@@ -61,10 +62,10 @@ def histogram_svg(chart: Histogram, *, width: int = 640, height: int = 220) -> M
     full = math.log10(most + 1) * 1.04
     span = (chart.high - chart.low) or 1.0
 
-    def x(value: float) -> float:
+    def x(value: float | int) -> float:
         return left + min(1.0, max(0.0, (value - chart.low) / span)) * inner_w
 
-    def y(count: float) -> float:
+    def y(count: float | int) -> float:
         return top + inner_h * (1 - math.log10(count + 1) / full)
 
     kept, flagged = int(chart.kept.sum()), int(chart.flagged.sum())
@@ -98,11 +99,13 @@ def histogram_svg(chart: Histogram, *, width: int = 640, height: int = 220) -> M
     return Markup("".join(parts))
 
 
-def _label(x: float, y: float, text: str, *, anchor: str = "middle", style: str = "axis") -> str:
+def _label(x: float | int, y: float | int, text: str, *, anchor: str = "middle", style: str = "axis") -> str:
     return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _bars(counts: Int[np.ndarray, " bins"], left: float, step: float, base: float, y) -> str:
+def _bars(
+    counts: Int[np.ndarray, " bins"], left: float | int, step: float | int, base: float | int, y: Callable[[int], float]
+) -> str:
     gap = min(1.0, step * 0.15)
     return "".join(
         f"M{left + i * step:.1f} {base:.1f}V{y(int(count)):.1f}h{step - gap:.1f}V{base:.1f}z"

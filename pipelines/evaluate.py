@@ -52,7 +52,7 @@ class Evaluation:
     unscored_poisoned: int = 0
     errored_poisoned: int = 0
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
-    flagged: dict[str, float] | None = None
+    flagged: dict[str, float | int] | None = None
     attacks: dict[str, dict[str, Any]] = field(default_factory=dict)
     note: str = ""
 
@@ -265,7 +265,7 @@ def _verdict(table: _Table) -> tuple[Bool[np.ndarray, " n"] | None, Bool[np.ndar
     return home == "removed", home == "errored"
 
 
-def _verdict_figures(flagged: Bool[np.ndarray, " n"], poison: Bool[np.ndarray, " n"]) -> dict[str, float]:
+def _verdict_figures(flagged: Bool[np.ndarray, " n"], poison: Bool[np.ndarray, " n"]) -> dict[str, float | int]:
     caught, clean_lost = int((flagged & poison).sum()), int((flagged & ~poison).sum())
     return {
         "flagged": int(flagged.sum()),

@@ -155,7 +155,7 @@ def _threshold(threshold: dict[str, Any], telling: dict[Kind, Group | None], evi
     return Answer(question, "ok", "It covers what stands out", lines, link)
 
 
-def round_up(fraction: float) -> float:
+def round_up(fraction: float | int) -> float:
     """Round a fraction up to two digits, at most 0.99: 0.00966 -> 0.0097."""
     if fraction <= 0:
         return 0.0

@@ -15,10 +15,9 @@ from jaxtyping import Bool, Float32
 from tarsift.clip_detect.neighbors import unit_norm
 from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
-from tarsift.operators.folds import Fold
 from tarsift.operators.schema import matrix
 from tarsift.operators.stored import ReadStored, Stored
-from tarsift.pipelines.report_folds import numbers, pc, strings
+from tarsift.pipelines.report_folds import Overview, Tally, numbers, pc, strings
 
 EMBEDDINGS = "embeddings/detect"
 FOLDERS = ("scores", "flags", EMBEDDINGS)
@@ -121,7 +120,7 @@ class RunReader:
         self.out, self.available, self.threads, self.tick = out, available, threads, tick
         self.unread: dict[str, str] = {}  # shards that could not be read, and why
 
-    def fold(self, fold: Fold, shards: Sequence[str]) -> Any:
+    def fold(self, fold: Overview | Tally, shards: Sequence[str]) -> Any:
         """Run a fold over all rows of `shards`."""
 
         def one(shard: str) -> Any:

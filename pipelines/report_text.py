@@ -39,7 +39,7 @@ def visible(text: Any, limit: int = SHOWN_CHARS) -> str:
     return "".join(out).strip()
 
 
-def percent(share: float | None, digits: int = 1) -> str:
+def percent(share: float | int | None, digits: int = 1) -> str:
     """Write a fraction as per cent; small ones keep two significant digits."""
     if share is None:
         return "–"
@@ -56,7 +56,7 @@ def count(number: Any, one: str = "", many: str = "") -> str:
     return f"{text} {one if int(number) == 1 else many or one + 's'}" if one else text
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: float | int | None) -> str:
     """Write seconds for people: `0.8 s`, `41 s`, `3 min 5 s`, `2 h 10 min`."""
     if seconds is None:
         return "–"
@@ -70,7 +70,7 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def size(number: float | None) -> str:
+def size(number: float | int | None) -> str:
     """Write bytes with a binary unit."""
     if not number:
         return "–"
