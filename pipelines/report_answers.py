@@ -83,7 +83,11 @@ def policy(threshold: dict[str, Any], score: str) -> str:
 
 
 def _telling(groups: list[Group]) -> Group | None:
-    return next((g for g in groups if g.flagged >= TELLING_SAMPLES and g.share >= TELLING_SHARE), None)
+    return next((g for g in groups if _tells(g)), None)
+
+
+def _tells(group: Group) -> bool:
+    return group.flagged >= TELLING_SAMPLES and group.share >= TELLING_SHARE
 
 
 def _campaign(telling: dict[Kind, Group | None], evidence: Evidence) -> Answer:
@@ -106,6 +110,10 @@ def _campaign(telling: dict[Kind, Group | None], evidence: Evidence) -> Answer:
             f"({percent(group.share)}; of all samples {percent(evidence.flagged_share)}), in "
             f"{count(shards_of(evidence, group), 'shard')}."
         )
+    others = [g for g in evidence.groups["look"] if g is not telling["look"] and _tells(g)]
+    if others:
+        names = ", ".join(letter_of(evidence.groups, g) or "" for g in others)
+        lines.append(f"Less strong: {'group' if len(others) == 1 else 'groups'} {names}.")
     if lines:
         lines.append("Look at the pictures: one mark on all of them under captions that do not fit is a campaign; ")
         lines[-1] += "a subject that is merely rare is not."
@@ -201,7 +209,7 @@ def _sight(run: dict[str, Any]) -> Answer:
     status, word = words.get(regime.get("code", ""), ("look", "That is not known"))
     said = (
         regime.get("sentence") or "It is not on record what the encoder was trained on.",
+        f"It cannot see {regime['blind_to']}" if regime.get("blind_to") else None,
         (run.get("reference") or {}).get("coverage"),
-        regime.get("blind_to"),
     )
     return Answer("What can this run see?", status, word, [visible(line, 600) for line in said if line], "#run")

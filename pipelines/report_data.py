@@ -126,6 +126,8 @@ def collect(
         candidates,
         {kind: tally[kind] for kind in KINDS},
         dict(zip(KINDS, np.split(tally["levels"], ends), strict=True)),
+        top.scores,
+        middle=quantile(overview["coarse"][score], 0.5) if score in overview["coarse"] else 0.0,
         judged=overview["judged"],
         flagged=overview["homes"].get("removed", 0),
         most=config.groups,

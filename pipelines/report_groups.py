@@ -17,7 +17,7 @@ import pyarrow as pa
 from jaxtyping import Float32
 
 from tarsift.pipelines.report_folds import normalise, words_of
-from tarsift.pipelines.report_looks import SMALLEST, Look, looks
+from tarsift.pipelines.report_looks import SMALLEST, TIGHT, Look, looks
 from tarsift.pipelines.report_rows import Rows
 
 Kind = Literal["look", "caption", "word"]
@@ -126,7 +126,9 @@ def rank_groups(
     candidates: dict[Kind, list[Group]],
     counts: dict[Kind, np.ndarray],
     reached: dict[Kind, np.ndarray],
+    scores: Float32[np.ndarray, " n"],
     *,
+    middle: float,
     judged: int,
     flagged: int,
     most: int,
@@ -134,12 +136,15 @@ def rank_groups(
     """Keep and order what stands out in the whole dump.
 
     A group's strength is the number of its flagged samples beyond the expected, times the share that
-    is flagged; for a look, times its tightness.
+    is flagged, times how far its median score is above that of the dump; for a look, times its
+    tightness (up to 3). A rare but natural subject can be as tight as a campaign: its scores are lower.
 
     Args:
         candidates: of each kind.
         counts: (n, 2) per kind: samples that share it, and flagged ones of them.
         reached: (n,) per kind: samples that score at least the group's reach level.
+        scores: of the rows looked at.
+        middle: median score of the dump.
         judged: samples with a verdict in the whole dump.
         flagged: flagged ones of them.
         most: groups kept per kind.
@@ -150,7 +155,8 @@ def rank_groups(
         known = []
         for group, (total, of_them), above in zip(groups, counts[kind].tolist(), reached[kind].tolist(), strict=True):
             force = (of_them - share * total) * of_them / max(1, total)
-            force *= group.look.tightness if group.look else 1.0
+            force *= min(group.look.tightness, TIGHT) if group.look else 1.0
+            force *= max(0.0, float(np.median(scores[list(group.members)])) - middle)
             if force > 0 and (kind == "look" or _stands_out(total, of_them, share)):
                 known.append(replace(group, total=total, flagged=of_them, reach=above / max(1, judged), strength=force))
         known.sort(key=lambda g: (-g.strength, g.title, g.members))

@@ -14,6 +14,9 @@ NEIGHBORS = 8
 SCALE_NEIGHBOR = 4
 NARROWER = (1.0, 0.85, 0.7, 0.55, 0.4)
 SMALLEST = 5
+# Near-duplicates (frames of a film, product pictures) are far tighter than any campaign: from here on
+# tighter is not stronger.
+TIGHT = 3.0
 # Members looked at for the agreement of captions: its cost grows with their square.
 CAPTIONS_COMPARED = 200
 
@@ -49,8 +52,8 @@ def looks(
     Two suspects are connected if each is among the eight nearest of the other and they are closer
     than `narrower` times the distance at which either has its fourth neighbour in the background.
     The connected parts for a falling `narrower` form a tree; from it those parts are taken, none
-    inside another, that make the sum of size x (tightness - 1) largest. Only parts of at least
-    five that are tighter than their surroundings count.
+    inside another, that make the sum of size x (tightness - 1) largest, tightness counted up to 3. Only
+    parts of at least five that are tighter than their surroundings count.
 
     Args:
         images: unit-norm embeddings of the suspects, each image once.
@@ -72,7 +75,7 @@ def looks(
         near = distance < narrower * limit
         for part in _connected(n, i[near], j[near]):
             if len(part) >= SMALLEST:
-                parts.setdefault(part, len(part) * (_tightness(images, scale, part) - 1))
+                parts.setdefault(part, len(part) * (min(_tightness(images, scale, part), TIGHT) - 1))
     found = []
     for part in _disjoint(parts):
         agreement, nearby = _agreement(part, outer.indices, texts, background_texts)
@@ -81,7 +84,7 @@ def looks(
         reach = np.linalg.norm(images[list(part)] - centre, axis=1)
         radius = float(np.quantile(reach, 0.9, method="higher")) + 1e-6
         found.append(Look(part, _tightness(images, scale, part), agreement, nearby, centre, radius))
-    return sorted(found, key=lambda g: (-len(g.members) * (g.tightness - 1), g.members))
+    return sorted(found, key=lambda g: (-len(g.members) * (min(g.tightness, TIGHT) - 1), g.members))
 
 
 def _mutual(

@@ -95,7 +95,7 @@ def make_result(root: Path, shards: dict[str, list[Sample]], *, compressed: tupl
                     "code": "trained_on_this_dump",
                     "share": 1.0,
                     "sentence": "The encoder was trained on this dump.",
-                    "blind_to": "It does not see what it has not learned.",
+                    "blind_to": "poison that it has not learned.",
                 },
             }
         },

@@ -134,7 +134,7 @@ def test_the_top_says_what_was_done_and_what_it_does_not_mean(page):
     assert "312 samples read from 2 shards: 299 kept, 12 removed, 1 errored." in page.text
     assert "The encoder was trained on this dump." in answer(page, "What can this run see?")
     assert "Up to 5 % is covered." in answer(page, "What can this run see?")
-    assert "It does not see what it has not learned." in answer(page, "What can this run see?")
+    assert "It cannot see poison that it has not learned." in answer(page, "What can this run see?")
     assert "That a fraction was flagged is no finding" in page.text
     assert "does not mean a clean dump" in page.text
 
@@ -340,6 +340,21 @@ def test_flagged_by_chance_nothing_stands_out(tmp_path):
     assert "Nothing stands out" in answer(page, "Is this a campaign?")
     assert "There is no yardstick" in answer(page, "Is the threshold sane?")
     assert "No group of flagged images lies closer together" in page.text
+
+
+def test_a_campaign_stands_before_a_tighter_natural_subject(tmp_path):
+    shards = campaign()
+    subject = direction(77)
+    for samples in shards.values():
+        for i in range(10):
+            near = direction(8000 + len(samples), near=subject, noise=0.005)
+            colour = picture((20, 5 + len(samples) % 250, 10 * i))
+            samples.append(Sample("a black seven", 1.5 + i / 100, near, picture=colour, flagged=True))
+    page = report(make_result(tmp_path, shards))
+    said = answer(page, "Is this a campaign?")
+    assert "Group A: 12 flagged samples look alike" in said
+    assert "Less strong: group B." in said
+    assert "B 20 flagged samples, captions with “ black ”" in page.part("The same look", "The same word")
 
 
 def test_a_group_that_the_cut_off_halves_asks_for_more(tmp_path):
