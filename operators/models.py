@@ -274,7 +274,7 @@ def _describe(
     )
 
 
-def _rgb(values: Sequence[float]) -> tuple[float, float, float]:
+def _rgb(values: Sequence[float | int]) -> tuple[float, float, float]:
     red, green, blue = values
     return float(red), float(green), float(blue)
 

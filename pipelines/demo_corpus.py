@@ -79,7 +79,9 @@ def make_corpus(out: str | Path, *, samples: int = 4500, seed: int = 0, shard_si
                 _add(tar, f"{i:09d}.json", json.dumps({"uid": uid, "caption": caption}).encode())
                 _add(tar, f"{i:09d}.cls", str(train[1][order[i]]).encode())
         shards.append(str(path))
-    images = [_sample(d, c, np.random.default_rng([seed, 3, i]))[0] for i, (d, c) in enumerate(zip(*test, strict=True))]
+    images = [
+        _sample(d, int(c), np.random.default_rng([seed, 3, i]))[0] for i, (d, c) in enumerate(zip(*test, strict=True))
+    ]
     return CorpusInfo(shards, samples, np.stack(images), test[1], class_prompts())
 
 
