@@ -18,7 +18,8 @@ from jaxtyping import Float, Float32, Float64, UInt64
 from pydantic import BaseModel, Field, field_validator
 
 from tarsift.clip_detect.neighbors import Neighbors, knn, unit_norm
-from tarsift.clip_detect.reference import SMALLEST_DISTANCE, ReferenceSet, resalt, smallest
+from tarsift.clip_detect.reference import SMALLEST_DISTANCE, ReferenceSet
+from tarsift.clip_detect.sampling import resalt, smallest
 from tarsift.clip_detect.scores import published_scores, slof
 from tarsift.clip_detect.threshold import median_mad, robust_z
 

@@ -33,7 +33,7 @@ from jaxtyping import Float, Float32, Float64, Int64, UInt64
 
 from tarsift.clip_detect.density import DensityRule, SuspicionConfig, check_rule, fit_density
 from tarsift.clip_detect.neighbors import knn, unit_norm
-from tarsift.clip_detect.reference import keyed_hash, resalt, smallest
+from tarsift.clip_detect.sampling import keyed_hash, resalt, smallest
 from tarsift.clip_detect.threshold import median_mad, robust_z
 
 __all__ = [

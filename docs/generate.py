@@ -20,7 +20,11 @@ def schema_page() -> str:
     from tarsift.operators.errors import IMAGE_USABLE, REASONS, SHARD_PROBLEMS
     from tarsift.operators.schema import COLUMNS, SCHEMA_VERSION
 
-    lines = [f"# The row (schema version {SCHEMA_VERSION})\n", "| column | Arrow type | written by | meaning |", "|---|---|---|---|"]
+    lines = [
+        f"# The row (schema version {SCHEMA_VERSION})\n",
+        "| column | type | written by | meaning |",
+        "|---|---|---|---|",
+    ]
     lines += [f"| `{n}` | {c.type} | {c.written_by} | {c.meaning} |" for n, c in COLUMNS.items()]
     lines += ["\n## Reason codes of `error`\n", "| code | meaning | still scored |", "|---|---|---|"]
     lines += [f"| `{code}` | {text} | {'yes' if code in IMAGE_USABLE else 'no'} |" for code, text in REASONS.items()]
@@ -47,7 +51,7 @@ def settings_page() -> str:
     """Every setting with type, default and meaning, from the pydantic models."""
     from pydantic import BaseModel
 
-    from tarsift.operators.encoder import EncoderConfig
+    from tarsift.operators.encoder_settings import EncoderConfig
     from tarsift.pipelines.config import CleanConfig
 
     def rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
@@ -61,7 +65,7 @@ def settings_page() -> str:
                 default = "required" if info.is_required() else f"`{info.default!r}`"
                 yield f"| `{prefix}{name}` | {default} | {info.description or ''} |"
 
-    lines = ["# Settings\n", "For `--set NAME=VALUE` and YAML files.\n", "| setting | default | meaning |", "|---|---|---|"]
+    lines = ["# Settings\n", "For `--set NAME=VALUE` and YAML.\n", "| setting | default | meaning |", "|---|---|---|"]
     return NOTE + "\n".join([*lines, *rows(CleanConfig, "")]) + "\n"
 
 

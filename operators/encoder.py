@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from jaxtyping import Bool, Float, Float32
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
+from tarsift.operators.encoder_settings import EncoderConfig, EncoderInfo
 from tarsift.operators.errors import ConfigError, TarsiftError, UsageError
 from tarsift.operators.images import DecodeImages
 from tarsift.operators.models import load_encoder
@@ -27,47 +27,6 @@ from tarsift.operators.towers import (
 )
 
 __all__ = ["ClipEncoder", "EncoderConfig", "EncoderInfo", "Regime", "encoder_info", "encoder_regime"]
-
-Tower = Literal["image", "text"]
-
-
-class EncoderConfig(BaseModel):
-    """Which encoder, and how it runs."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    spec: Annotated[
-        str, Field(description="enc.pt from `tarsift pretrain`, ARCHITECTURE:FILE, ARCHITECTURE:TAG or hf-hub:ORG/NAME")
-    ]
-    precision: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16"],
-        Field(description="of the arithmetic; auto = fp32 on a CPU, fp16 on a GPU (nearer to fp32 than bf16 is)"),
-    ] = "auto"
-    device: Annotated[str, Field(description="auto, cpu, cuda or cuda:N; auto = cuda where there is one")] = "auto"
-    micro_batch: Annotated[
-        int | None,
-        Field(ge=1, description="samples per forward pass, always padded to it; None = 64 on a CPU, 256 on a GPU"),
-    ] = None
-    threads: Annotated[int, Field(ge=1, description="threads of torch in the encoder's process")] = 1
-    store: Annotated[Literal["float16", "float32"], Field(description="type of the stored embeddings")] = "float16"
-    towers: Annotated[tuple[Tower, ...], Field(min_length=1, description="what is embedded")] = ("image", "text")
-
-
-@dataclass(frozen=True)
-class EncoderInfo:
-    """What is known of an encoder besides its weights; `LoadedEncoder` says what the fields mean."""
-
-    name: str
-    weights_sha256: str
-    embed_dim: int
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str
-    resize_mode: str
-    context_length: int
-    trained_on: dict[str, str] | None
-    steps: int | None
 
 
 def encoder_info(spec: str) -> EncoderInfo:

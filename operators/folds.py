@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from tarsift.clip_detect.reference import keyed_hash, resalt
+from tarsift.clip_detect.sampling import keyed_hash, resalt
 from tarsift.clip_detect.threshold import Cutoff, TopFraction
 from tarsift.operators.flag import unscorable
 from tarsift.operators.schema import matrix

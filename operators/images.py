@@ -19,10 +19,8 @@ from typing import Annotated, Literal
 import numpy as np
 import pyarrow as pa
 from jaxtyping import UInt8
-from open_clip.transform import image_transform
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from pydantic import BaseModel, ConfigDict, Field
-from torchvision.transforms import Compose
 
 from tarsift.operators.errors import ConfigError
 from tarsift.operators.schema import append, fixed_size_list, set_error
@@ -177,6 +175,10 @@ def fit_to_square(
         return partial(_fit_shortest, size=size, resample=resample, max_pixels=max_pixels)
     if resize_mode not in ("longest", "squash"):
         raise ConfigError(f"`resize_mode` must be shortest, longest or squash, got {resize_mode!r}.")
+    # Loading open_clip takes seconds in every process that decodes, and few encoders resize this way.
+    from open_clip.transform import image_transform
+    from torchvision.transforms import Compose
+
     whole = image_transform(size, is_train=False, resize_mode=resize_mode, interpolation=interpolation)
     assert isinstance(whole, Compose)
     return Compose(whole.transforms[:-3])  # without the conversions to RGB and to a normalised tensor

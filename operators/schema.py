@@ -29,7 +29,7 @@ class Column:
 COLUMNS: dict[str, Column] = {
     "shard": Column(pa.string(), "ReadShard", "path below the inputs' common folder, without `.tar` or `.tar.gz`"),
     "row": Column(pa.int32(), "ReadShard", "position of the sample in its shard, from 0"),
-    "key": Column(pa.string(), "ReadShard", "WebDataset key: the member name up to the first dot of its last part"),
+    "key": Column(pa.string(), "ReadShard", "WebDataset key: folder and name of its members, without the extension"),
     "uid": Column(pa.string(), "ReadShard", "`uid` of the sample's json, or `<shard>/<key>`"),
     "image_offset": Column(pa.int64(), "ReadShard", "first byte of the image in the (uncompressed) shard"),
     "image_size": Column(pa.int64(), "ReadShard", "bytes of the image member"),
@@ -37,12 +37,12 @@ COLUMNS: dict[str, Column] = {
     "caption": Column(pa.string(), "ReadShard", "the caption, from `.txt` or a json field"),
     "error": Column(pa.string(), "any", "reason code, null = fine"),
     "image_sha256": Column(pa.binary(32), "hash_images", "SHA-256 of the image bytes"),
-    "pixels": Column("fixed_size_list<uint8>[h*w*3]", "DecodeImages", "resized RGB pixels, row-major (h, w, 3); never written to Parquet"),
+    "pixels": Column("fixed_size_list<uint8>[h*w*3]", "DecodeImages", "resized RGB pixels (h, w, 3); never stored"),
     "image_embedding": Column("fixed_size_list<float16|float32>[d]", "ClipEncoder", "image embedding, not normalised"),
     "text_embedding": Column("fixed_size_list<float16|float32>[d]", "ClipEncoder", "caption embedding, not normalised"),
-    "clip_similarity": Column(pa.float32(), "ClipEncoder", "cosine of the two embeddings; a measure, its sign is no verdict"),
+    "clip_similarity": Column(pa.float32(), "ClipEncoder", "cosine of the embeddings; its sign is no verdict"),
     "image_norm": Column(pa.float32(), "ClipEncoder", "Euclidean norm of the image embedding"),
-    "duplicate_count": Column(pa.int32(), "ScoreDensity", "samples of the dump with the same image bytes, itself included"),
+    "duplicate_count": Column(pa.int32(), "ScoreDensity", "samples of the dump with the same image, itself included"),
     "suspicion": Column(pa.float32(), "SmoothScores", "the default verdict score, higher = more suspicious"),
     "flagged": Column(pa.bool_(), "Flag", "whether the sample is removed"),
     "reasons": Column(pa.list_(pa.string()), "Flag", "every score or rule behind the verdict"),
@@ -81,7 +81,7 @@ def as_table(batch: pa.Table | Mapping[str, Any]) -> pa.Table:
 
 def fixed_size_list(values: np.ndarray, valid: np.ndarray | None = None) -> pa.FixedSizeListArray:
     """Turn an (n, d) array into n lists of d values, null where `valid` (n,) is false."""
-    n, d = values.shape
+    d = values.shape[1]
     flat = pa.array(np.ascontiguousarray(values).reshape(-1))
     mask = None if valid is None or valid.all() else pa.array(~valid)
     return pa.FixedSizeListArray.from_arrays(flat, d, mask=mask)

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from tarsift.operators import storage
-from tarsift.operators.encoder import EncoderConfig, EncoderInfo
+from tarsift.operators.encoder_settings import EncoderConfig, EncoderInfo
 from tarsift.operators.errors import ChangedError, ErrorRateError, TarsiftError, UsageError
 from tarsift.operators.regime import encoder_regime
 from tarsift.operators.schema import SCHEMA_VERSION

@@ -376,8 +376,8 @@ def pretrain(
         summary = recipe(shards, out=out, config=config, progress=progress)
     skipped = f", {sum(summary.skipped.values()):,} unusable samples skipped" if summary.skipped else ""
     say(
-        f"{summary.pairs:,} pairs, {summary.steps:,} steps in {summary.wall_s:.0f} s, loss {summary.loss:.3f}{skipped}: "
-        f"{summary.checkpoint}",
+        f"{summary.pairs:,} pairs, {summary.steps:,} steps in {summary.wall_s:.0f} s, loss {summary.loss:.3f}"
+        f"{skipped}: {summary.checkpoint}",
         quiet,
     )
 
@@ -466,8 +466,8 @@ def print_demo(summary: Any, out: str, console: Console) -> None:
     """Print what a newcomer should know of a demo."""
     table = Table(box=None, pad_edge=False)
     table.add_column("")
-    for name in ("poisoned corpus", "after tarsift", "after random removal"):
-        table.add_column(name, justify="right")
+    for name in ("poisoned", "cleaned", "random removal"):
+        table.add_column(name, justify="right", no_wrap=True)
 
     def share(value: float | None) -> str:
         return "" if value is None else f"{value:.1%}"
@@ -475,13 +475,13 @@ def print_demo(summary: Any, out: str, console: Console) -> None:
     console.print(f"\n{summary.samples:,} captioned pictures, {summary.poisoned} poisoned, {summary.removed} removed\n")
     if summary.poisoned:
         success = (summary.attack_success_before, summary.attack_success_after, summary.attack_success_random_removal)
-        table.add_row("patched digits taken for a banana", *map(share, success))
+        table.add_row("patched digits taken for bananas", *map(share, success))
     table.add_row("accuracy on clean digits", share(summary.accuracy_before), share(summary.accuracy_after), "")
     console.print(table, highlight=False)
     if summary.poisoned:
         console.print(
-            f"\nfound among the {summary.removed / summary.samples:.0%} removed: {share(summary.recall_at_0_05)} of the poison"
-            f" (AUROC {summary.auroc:.3f}, average precision {summary.average_precision:.3f})",
+            f"\nfound among the {summary.removed / summary.samples:.0%} removed: {share(summary.recall_at_0_05)} "
+            f"of the poison (AUROC {summary.auroc:.3f}, average precision {summary.average_precision:.3f})",
             highlight=False,
         )
     else:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tarsift.clip_detect.suspicion import SuspicionConfig
 from tarsift.operators import storage
-from tarsift.operators.encoder import EncoderConfig
+from tarsift.operators.encoder_settings import EncoderConfig
 from tarsift.operators.errors import ChangedError, ConfigError
 from tarsift.operators.flag import FlagConfig
 from tarsift.operators.images import ImageConfig
@@ -86,7 +86,7 @@ class CleanConfig(BaseModel):
         """Settings that the result depends on: everything but `resources`, as plain JSON values."""
         plain = self.model_dump(mode="json", exclude={"resources", "max_error_rate"})
         for encoder in plain["encoders"].values():
-            for name in ("device", "micro_batch", "threads", "workers", "num_cpus", "num_gpus"):
+            for name in ("device", "threads"):
                 encoder.pop(name, None)
         return plain
 

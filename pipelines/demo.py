@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tarsift.clip_detect.triggers import ATTACKS
 from tarsift.operators import storage
-from tarsift.operators.encoder import EncoderConfig
+from tarsift.operators.encoder_settings import EncoderConfig
 from tarsift.operators.flag import HOMES, FlagConfig
 from tarsift.operators.models import load_encoder
 from tarsift.operators.poison import TEMPLATES
@@ -103,6 +103,7 @@ def demo(out: str, config: DemoConfig | None = None, *, progress: Listener = sil
         before = storage.join(out, "before.pt")
         training = PretrainConfig(epochs=config.epochs, seed=config.seed)
         trained = pretrain(shards, out=before, config=training)
+        steps.done()
         settings = CleanConfig(encoders={"detect": EncoderConfig(spec=before)}, flag=FlagConfig(value=config.fraction))
         result = clean(shards, cleaned, config=settings, progress=progress)
         steps("train again on what was kept" + (", and on a random control" if config.rate else ""))
@@ -139,6 +140,7 @@ class _Steps:
     def done(self) -> None:
         if self.current:
             self.progress(Event(self.current, 1, 1, unit="step", finished=True))
+            self.current = ""
 
 
 def _train_again(

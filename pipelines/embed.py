@@ -2,76 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import pyarrow as pa
 import ray
 
-from tarsift.operators.encoder import ClipEncoder, EncoderInfo, encoder_info
-from tarsift.operators.images import DecodeImages, ImageConfig, hash_images
-from tarsift.operators.shards import ReadConfig, ReadShard, Shard, list_shards
+from tarsift.operators.encoder_settings import EncoderInfo
+from tarsift.operators.shards import Shard, list_shards
 from tarsift.pipelines.commit import SINK_CPUS, PassResult, run_pass
 from tarsift.pipelines.config import CleanConfig, ResourcesConfig
 from tarsift.pipelines.ledger import Ledger, fingerprint
 from tarsift.pipelines.progress import Listener, silent
+from tarsift.pipelines.reading import read_pictures, shard_items
 from tarsift.pipelines.session import ACTOR_OPTIONS, TASK_OPTIONS, session
 
 # Ray fuses a stage into the actors behind it when both ask for the same resources; reading and
 # decoding would then run on the GPU workers. Asking for less than the actors prevents it.
 READ_CPUS = 0.5
-
-
-def read_shards(
-    inputs: str | Sequence[str], *, config: ReadConfig | None = None, **ray_options: Any
-) -> ray.data.Dataset:
-    """Read WebDataset shards into a Dataset with one row per sample, the image as bytes.
-
-    Args:
-        inputs: paths, globs, brace patterns, folders or URLs of `.tar` and `.tar.gz` shards.
-        config: captions, limits, batch size.
-        ray_options: passed to `map_batches` (`num_cpus`, ...).
-
-    Returns:
-        A lazy Dataset with the columns of `tarsift.operators.schema.SAMPLE_SCHEMA`. A bad sample is
-        a row with a reason code in `error`; a damaged shard gives the rows before the damage.
-
-    Example:
-        >>> ds = read_shards("cc3m/{00000..00331}.tar")                                  # doctest: +SKIP
-        >>> ds = ds.map_batches(ClipEncoder, fn_constructor_kwargs={"encoder": "enc.pt"},
-        ...                     batch_size=256, compute=ray.data.ActorPoolStrategy(1))   # doctest: +SKIP
-    """
-    config = config or ReadConfig()
-    return shard_items(list_shards(inputs)).map_batches(
-        _read, fn_kwargs={"config": config}, batch_size=None, batch_format="pyarrow", **{**TASK_OPTIONS, **ray_options}
-    )
-
-
-def shard_items(shards: Sequence[Shard]) -> ray.data.Dataset:
-    """Make a Dataset of shards, one block each, so that every shard is one task."""
-    items = [{"name": s.name, "url": s.url, "size": s.size} for s in shards]
-    return ray.data.from_items(items, override_num_blocks=len(items))
-
-
-def shards_of(items: pa.Table) -> list[Shard]:
-    """Turn a block of `shard_items` back into shards."""
-    return [Shard(**item) for item in items.select(["name", "url", "size"]).to_pylist()]
-
-
-def _read(items: pa.Table, *, config: ReadConfig) -> Iterator[pa.Table]:
-    for shard in shards_of(items):
-        yield from ReadShard(config)(shard)
-
-
-def read_pictures(items: pa.Table, *, read: ReadConfig, images: ImageConfig, info: EncoderInfo) -> Iterator[pa.Table]:
-    """Read, hash and decode shards to pixels of the encoder's size; each ends with its end-of-shard row."""
-    decode = DecodeImages(
-        info.image_size, interpolation=info.interpolation, resize_mode=info.resize_mode, config=images
-    )
-    source = ReadShard(read, receipts=True)
-    for shard in shards_of(items):
-        for table in source(shard):
-            yield decode(hash_images(table))
 
 
 def encoder_actors(resources: ResourcesConfig) -> dict[str, Any]:
@@ -106,7 +53,10 @@ def embed_pass(
     shards: Sequence[Shard], out: str, config: CleanConfig, role: str = "detect", *, progress: Listener = silent
 ) -> tuple[PassResult, Ledger, EncoderInfo]:
     """Embed all shards that are not committed yet under `out`/embeddings/`role`."""
-    encoder = config.encoders[role]
+    # Loading open_clip takes many seconds, and most commands that import this module do not encode.
+    from tarsift.operators.encoder import ClipEncoder, encoder_info
+
+    encoder = config.encoders[role].model_copy(update={"threads": config.resources.threads})
     info = encoder_info(encoder.spec)
     ledger = Ledger(out, f"embed.{role}", embed_fingerprint(config, role, info))
     resources = config.resources

@@ -18,10 +18,10 @@ from tarsift.operators.folds import CountNear, SelectTop, row_hashes
 from tarsift.operators.shards import Shard
 from tarsift.operators.stored import ReadStored, Stored
 from tarsift.pipelines.commit import PassResult, run_pass
-from tarsift.pipelines.embed import shard_items, shards_of
 from tarsift.pipelines.folding import run_fold
 from tarsift.pipelines.ledger import Ledger
 from tarsift.pipelines.progress import Listener, silent
+from tarsift.pipelines.reading import shard_items, shards_of
 from tarsift.pipelines.session import TASK_OPTIONS
 
 TIE_KEY = b"tarsift.flag"  # ties are broken by identity; nothing is gained by foreseeing it

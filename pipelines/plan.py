@@ -10,7 +10,6 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from tarsift.operators.encoder import encoder_info
 from tarsift.operators.regime import encoder_regime
 from tarsift.pipelines.clean import ROLE, open_run
 from tarsift.pipelines.config import CleanConfig
@@ -65,6 +64,8 @@ def make_plan(inputs: str | Sequence[str], out: str, config: CleanConfig) -> Pla
     Raises:
         UsageError, ChangedError: as `clean` would, before any work.
     """
+    from tarsift.operators.encoder import encoder_info  # seconds to load, and `open_run` may refuse first
+
     run = open_run(inputs, out, config, save=False)
     info = encoder_info(config.encoders[ROLE].spec)
     names = [shard.name for shard in run.shards]

@@ -40,10 +40,10 @@ from tarsift.operators.shards import Shard
 from tarsift.operators.stored import ReadStored, Stored
 from tarsift.pipelines.commit import SINK_CPUS, PassResult, run_pass
 from tarsift.pipelines.config import CleanConfig
-from tarsift.pipelines.embed import shard_items, shards_of
 from tarsift.pipelines.folding import run_fold
 from tarsift.pipelines.ledger import Ledger, fingerprint
 from tarsift.pipelines.progress import Event, Listener, silent
+from tarsift.pipelines.reading import shard_items, shards_of
 from tarsift.pipelines.session import ACTOR_OPTIONS, TASK_OPTIONS
 
 # A partition of the duplicate count holds about this many distinct images in memory.

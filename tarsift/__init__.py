@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from tarsift.operators.shards import ReadShard, list_shards
     from tarsift.pipelines.clean import clean
     from tarsift.pipelines.config import CleanConfig, load_config
-    from tarsift.pipelines.embed import read_shards
     from tarsift.pipelines.evaluate import evaluate
     from tarsift.pipelines.poison import poison
     from tarsift.pipelines.pretrain import pretrain
+    from tarsift.pipelines.reading import read_shards
 
 __version__ = "0.1.0"
 
@@ -33,7 +33,7 @@ _HOMES = {
     "clean": "pipelines.clean",
     "CleanConfig": "pipelines.config",
     "load_config": "pipelines.config",
-    "read_shards": "pipelines.embed",
+    "read_shards": "pipelines.reading",
     "evaluate": "pipelines.evaluate",
     "poison": "pipelines.poison",
     "pretrain": "pipelines.pretrain",

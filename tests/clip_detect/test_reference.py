@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tarsift.clip_detect.neighbors import unit_norm
-from tarsift.clip_detect.reference import ReferenceSet, keyed_hash, local_dimension, resalt, smallest
+from tarsift.clip_detect.reference import ReferenceSet, local_dimension
+from tarsift.clip_detect.sampling import keyed_hash, resalt, smallest
 
 hashes = st.lists(st.integers(0, 60), max_size=40).map(lambda values: np.array(values, np.uint64))
 

@@ -5,7 +5,7 @@ import pytest
 from pydantic import ValidationError
 
 from tarsift.clip_detect.metrics import auroc, average_precision
-from tarsift.clip_detect.reference import keyed_hash, smallest
+from tarsift.clip_detect.sampling import keyed_hash, smallest
 from tarsift.clip_detect.scores import SCORES
 from tarsift.clip_detect.suspicion import (
     DensityRule,

@@ -1,0 +1,49 @@
+"""Which encoder and how it runs: settings and facts, apart from what loads a model, which takes seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Tower = Literal["image", "text"]
+
+
+class EncoderConfig(BaseModel):
+    """Which encoder, and how it runs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    spec: Annotated[
+        str, Field(description="enc.pt from `tarsift pretrain`, ARCHITECTURE:FILE, ARCHITECTURE:TAG or hf-hub:ORG/NAME")
+    ]
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        Field(description="of the arithmetic; auto = fp32 on a CPU, fp16 on a GPU (nearer to fp32 than bf16 is)"),
+    ] = "auto"
+    device: Annotated[str, Field(description="auto, cpu, cuda or cuda:N; auto = cuda where there is one")] = "auto"
+    micro_batch: Annotated[
+        int | None,
+        Field(ge=1, description="samples per forward pass, always padded to it; None = 64 on a CPU, 256 on a GPU"),
+    ] = None
+    threads: Annotated[int, Field(ge=1, description="threads of torch in the encoder's process")] = 1
+    store: Annotated[Literal["float16", "float32"], Field(description="type of the stored embeddings")] = "float16"
+    towers: Annotated[tuple[Tower, ...], Field(min_length=1, description="what is embedded")] = ("image", "text")
+
+
+@dataclass(frozen=True)
+class EncoderInfo:
+    """What is known of an encoder besides its weights; `LoadedEncoder` says what the fields mean."""
+
+    name: str
+    weights_sha256: str
+    embed_dim: int
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    resize_mode: str
+    context_length: int
+    trained_on: dict[str, str] | None
+    steps: int | None

@@ -1,0 +1,66 @@
+"""Shards as a Ray Dataset: rows with images as bytes, or with decoded pixels. Loads no model and no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from tarsift.operators.encoder_settings import EncoderInfo
+from tarsift.operators.images import DecodeImages, ImageConfig, hash_images
+from tarsift.operators.shards import ReadConfig, ReadShard, Shard, list_shards
+from tarsift.pipelines.session import TASK_OPTIONS
+
+
+def read_shards(
+    inputs: str | Sequence[str], *, config: ReadConfig | None = None, **ray_options: Any
+) -> ray.data.Dataset:
+    """Read WebDataset shards into a Dataset with one row per sample, the image as bytes.
+
+    Args:
+        inputs: paths, globs, brace patterns, folders or URLs of `.tar` and `.tar.gz` shards.
+        config: captions, limits, batch size.
+        ray_options: passed to `map_batches` (`num_cpus`, ...).
+
+    Returns:
+        A lazy Dataset with the columns of `tarsift.operators.schema.SAMPLE_SCHEMA`. A bad sample is
+        a row with a reason code in `error`; a damaged shard gives the rows before the damage.
+
+    Example:
+        >>> ds = read_shards("cc3m/{00000..00331}.tar")                                  # doctest: +SKIP
+        >>> ds = ds.map_batches(ClipEncoder, fn_constructor_kwargs={"encoder": "enc.pt"},
+        ...                     batch_size=256, compute=ray.data.ActorPoolStrategy(1))   # doctest: +SKIP
+    """
+    config = config or ReadConfig()
+    return shard_items(list_shards(inputs)).map_batches(
+        _read, fn_kwargs={"config": config}, batch_size=None, batch_format="pyarrow", **{**TASK_OPTIONS, **ray_options}
+    )
+
+
+def shard_items(shards: Sequence[Shard]) -> ray.data.Dataset:
+    """Make a Dataset of shards, one block each, so that every shard is one task."""
+    items = [{"name": s.name, "url": s.url, "size": s.size} for s in shards]
+    return ray.data.from_items(items, override_num_blocks=len(items))
+
+
+def shards_of(items: pa.Table) -> list[Shard]:
+    """Turn a block of `shard_items` back into shards."""
+    return [Shard(**item) for item in items.select(["name", "url", "size"]).to_pylist()]
+
+
+def _read(items: pa.Table, *, config: ReadConfig) -> Iterator[pa.Table]:
+    for shard in shards_of(items):
+        yield from ReadShard(config)(shard)
+
+
+def read_pictures(items: pa.Table, *, read: ReadConfig, images: ImageConfig, info: EncoderInfo) -> Iterator[pa.Table]:
+    """Read, hash and decode shards to pixels of the encoder's size; each ends with its end-of-shard row."""
+    decode = DecodeImages(
+        info.image_size, interpolation=info.interpolation, resize_mode=info.resize_mode, config=images
+    )
+    source = ReadShard(read, receipts=True)
+    for shard in shards_of(items):
+        for table in source(shard):
+            yield decode(hash_images(table))
