@@ -15,6 +15,7 @@ from tarsift.operators.models import LoadedEncoder
 from tarsift.operators.towers import encode_captions, encode_images
 
 Pictures = UInt8[np.ndarray, "n h w 3"]
+Similarity = Callable[[np.ndarray, np.ndarray], np.ndarray]
 MICRO_BATCH = 64
 
 
@@ -32,7 +33,12 @@ class AttackSuccess:
 
 
 def zero_shot(
-    encoder: LoadedEncoder, images: Pictures, labels: Int64[np.ndarray, " n"], class_prompts: Sequence[Sequence[str]]
+    encoder: LoadedEncoder,
+    images: Pictures,
+    labels: Int64[np.ndarray, " n"],
+    class_prompts: Sequence[Sequence[str]],
+    *,
+    similarity: Similarity | None = None,
 ) -> float:
     """Return the share of pictures whose nearest class is their own, 0 to 1.
 
@@ -41,8 +47,9 @@ def zero_shot(
         images: RGB pictures of any size; they are fitted as the encoder's own transform does it.
         labels: index of each picture's class in `class_prompts`.
         class_prompts: several captions per class.
+        similarity: how near images are to a class; None = `to_mean_direction`.
     """
-    nearest = classify(encoder, images, class_embeddings(encoder, class_prompts))
+    nearest = classify(encoder, images, class_prompts, similarity=similarity or to_mean_direction)
     return float(np.mean(nearest == labels))
 
 
@@ -55,6 +62,7 @@ def attack_success(
     target_prompts: Sequence[str] | None = None,
     labels: Int64[np.ndarray, " n"] | None = None,
     target_class: int | None = None,
+    similarity: Similarity | None = None,
 ) -> AttackSuccess:
     """Return how often pictures are taken for the attack's target, with the trigger and without.
 
@@ -69,6 +77,7 @@ def attack_success(
         target_prompts: captions of a target that is none of the classes.
         labels: class of each picture; needed with `target_class`.
         target_class: index of the target in `class_prompts`.
+        similarity: how near images are to a class; None = `to_mean_direction`.
 
     Raises:
         UsageError: unless exactly one of `target_prompts` and `target_class` is given, the latter with labels.
@@ -83,22 +92,39 @@ def attack_success(
         images = images[labels != target_class]
     if not len(images):
         raise UsageError("there is no test picture that is not of the target: attack success is a share of none.")
-    classes = class_embeddings(encoder, prompts)
-    with_trigger, without = (classify(encoder, x, classes) for x in (trigger(images), images))
+    rule = similarity or to_mean_direction
+    with_trigger, without = (classify(encoder, x, prompts, similarity=rule) for x in (trigger(images), images))
     return AttackSuccess(float(np.mean(with_trigger == target)), float(np.mean(without == target)), len(images))
 
 
-def class_embeddings(encoder: LoadedEncoder, class_prompts: Sequence[Sequence[str]]) -> Float32[np.ndarray, "c d"]:
-    """Embed each class as the mean of its captions' directions.
+def to_mean_direction(
+    images: Float32[np.ndarray, "n d"], captions: Float32[np.ndarray, "p d"]
+) -> Float32[np.ndarray, " n"]:
+    """Return the cosine of each image and the mean direction of a class's captions; both are given at unit length.
 
     Source: prompt ensembling, Radford et al. 2021 (arXiv 2103.00020), section 3.1.4.
     """
-    return np.stack(
-        [_unit(_unit(encode_captions(encoder, prompts, micro_batch=MICRO_BATCH)).mean(0)) for prompts in class_prompts]
-    )
+    return images @ _unit(captions.mean(axis=0))
 
 
-def classify(encoder: LoadedEncoder, images: Pictures, classes: Float32[np.ndarray, "c d"]) -> Int64[np.ndarray, " n"]:
+def to_nearest_caption(
+    images: Float32[np.ndarray, "n d"], captions: Float32[np.ndarray, "p d"]
+) -> Float32[np.ndarray, " n"]:
+    """Return the cosine of each image and the nearest of a class's captions; both are given at unit length.
+
+    Where captions name more than the class (colours, places), their mean suits no picture well, and
+    a word that the encoder has never read may come nearer.
+    """
+    return (images @ captions.T).max(axis=1)
+
+
+def classify(
+    encoder: LoadedEncoder,
+    images: Pictures,
+    class_prompts: Sequence[Sequence[str]],
+    *,
+    similarity: Similarity = to_mean_direction,
+) -> Int64[np.ndarray, " n"]:
     """Return the index of the class nearest to each picture."""
     fit = fit_to_square(
         encoder.image_size,
@@ -107,7 +133,9 @@ def classify(encoder: LoadedEncoder, images: Pictures, classes: Float32[np.ndarr
         max_pixels=ImageConfig().max_pixels,
     )
     fitted = np.stack([np.asarray(fit(Image.fromarray(image)).convert("RGB")) for image in images])
-    return (_unit(encode_images(encoder, fitted, micro_batch=MICRO_BATCH)) @ classes.T).argmax(axis=1)
+    pictures = _unit(encode_images(encoder, fitted, micro_batch=MICRO_BATCH))
+    captions = [_unit(encode_captions(encoder, prompts, micro_batch=MICRO_BATCH)) for prompts in class_prompts]
+    return np.stack([similarity(pictures, group) for group in captions], axis=1).argmax(axis=1)
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

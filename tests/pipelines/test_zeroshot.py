@@ -7,7 +7,7 @@ from torch import nn
 
 from tarsift.operators.errors import UsageError
 from tarsift.operators.models import LoadedEncoder
-from tarsift.pipelines.zeroshot import attack_success, class_embeddings, classify, zero_shot
+from tarsift.pipelines.zeroshot import attack_success, classify, to_mean_direction, to_nearest_caption, zero_shot
 
 WORDS = {"red": (1.0, 0, 0), "green": (0, 1.0, 0), "blue": (0, 0, 1.0)}
 
@@ -48,16 +48,25 @@ def pictures(*colours):
 PROMPTS = [["a red thing", "red"], ["green"]]
 
 
-def test_class_embeddings_are_unit_means_of_directions(encoder):
-    classes = class_embeddings(encoder, [["red", "green"], ["blue"]])
-    np.testing.assert_allclose(classes, [[0.5**0.5, 0.5**0.5, 0], [0, 0, 1]], atol=1e-6)
+def test_similarities_by_hand():
+    captions = np.array([[1, 0, 0], [0, 1, 0]], np.float32)
+    images = np.array([[1, 0, 0], [0.6, 0.8, 0], [0, 0, 1]], np.float32)
+    np.testing.assert_allclose(to_mean_direction(images, captions), [0.5**0.5, 1.4 * 0.5**0.5, 0], atol=1e-6)
+    np.testing.assert_allclose(to_nearest_caption(images, captions), [1, 0.8, 0], atol=1e-6)
+
+
+def test_the_rule_decides_between_a_broad_class_and_a_narrow_one(encoder):
+    images = pictures("red")
+    broad, narrow = ["red", "green", "blue"], ["red", "green"]  # the broad mean is farther from red
+    assert classify(encoder, images, [broad, narrow], similarity=to_mean_direction).tolist() == [1]
+    assert classify(encoder, images, [broad, narrow], similarity=to_nearest_caption).tolist() == [0]  # a tie: the first
 
 
 def test_zero_shot_is_the_share_of_right_answers(encoder):
     images = pictures("red", "green", "green", "red")
     assert zero_shot(encoder, images, np.array([0, 1, 1, 0]), PROMPTS) == 1.0
     assert zero_shot(encoder, images, np.array([0, 1, 0, 1]), PROMPTS) == 0.5
-    assert classify(encoder, images, class_embeddings(encoder, PROMPTS)).tolist() == [0, 1, 1, 0]
+    assert classify(encoder, images, PROMPTS).tolist() == [0, 1, 1, 0]
 
 
 def paint_blue(images):
