@@ -57,6 +57,11 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise UsageError(f"{url!r}: {error}; use a path, s3://, gs://, hf://, http(s):// or memory://") from error
 
 
+def absolute(url: str) -> str:
+    """Return a local path from the root: workers of a cluster need not run in this process's folder."""
+    return os.path.abspath(url) if is_local(url) and "://" not in url else url
+
+
 def check_name(name: str) -> str:
     """Return `name`, a relative path made of names found in data, if it stays below the folder it is put in.
 

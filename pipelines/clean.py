@@ -94,6 +94,8 @@ def open_run(
     unknown = sorted(set(config.encoders) - {ROLE})
     if unknown:
         raise UsageError(f"encoder role {unknown[0]!r} is not used yet; the only role is {ROLE!r}.")
+    out = storage.absolute(out)
+    config = with_absolute_paths(config)
     shards = list_shards(inputs)
     listed = [{"name": s.name, "url": s.url, "size": s.size} for s in shards]
     file = RunFile.load(out)
@@ -109,6 +111,26 @@ def open_run(
     return Run(out, shards, config, file, progress)
 
 
+def with_absolute_paths(config: CleanConfig) -> CleanConfig:
+    """Make local paths in the settings absolute: encoder files and a trusted reference."""
+    encoders = {
+        role: encoder.model_copy(update={"spec": _absolute_spec(encoder.spec)})
+        for role, encoder in config.encoders.items()
+    }
+    reference = config.reference
+    if reference.path is not None:
+        reference = reference.model_copy(update={"path": storage.absolute(reference.path)})
+    return config.model_copy(update={"encoders": encoders, "reference": reference})
+
+
+def _absolute_spec(spec: str) -> str:
+    """Make the file of `FILE` or `ARCHITECTURE:FILE` absolute; other specs are names."""
+    if os.path.exists(spec):
+        return storage.absolute(spec)
+    architecture, colon, file = spec.partition(":")
+    return f"{architecture}:{storage.absolute(file)}" if colon and os.path.exists(file) else spec
+
+
 def reopen_run(out: str, changes: Mapping[str, Any] | None = None, *, progress: Listener = silent) -> Run:
     """Take up a result folder to redo one of its passes, with some settings changed.
 
@@ -119,6 +141,7 @@ def reopen_run(out: str, changes: Mapping[str, Any] | None = None, *, progress: 
         UsageError: if `out` is no result folder.
         ConfigError: for a setting that does not exist or is out of range.
     """
+    out = storage.absolute(out)
     file = RunFile.load_or_refuse(out)
     content = dict(file.content["config"])
     for name, value in (changes or {}).items():
@@ -128,7 +151,7 @@ def reopen_run(out: str, changes: Mapping[str, Any] | None = None, *, progress: 
             at[group] = dict(at.get(group) or {})
             at = at[group]
         at[last] = value
-    config = parse_config(content)
+    config = with_absolute_paths(parse_config(content))
     file.content["config"] = config.model_dump(mode="json")
     shards = [Shard(**item) for item in file.content["inputs"]]
     return Run(out, shards, config, file, progress)

@@ -93,6 +93,7 @@ def demo(out: str, config: DemoConfig | None = None, *, progress: Listener = sil
     config = config or DemoConfig()
     start = time.monotonic()
     steps = _Steps(progress)
+    out = storage.absolute(out)
     dump, cleaned = storage.join(out, "poisoned"), storage.join(out, "cleaned")
     with session():
         steps("make pictures and captions")

@@ -52,6 +52,7 @@ def poison(
     """
     config = PoisonConfig(**{**(config or PoisonConfig()).model_dump(), **settings})
     check_poison(config)
+    out = storage.absolute(out)
     sources = list_shards(shards)
     outputs = [storage.join(out, f"{shard.name}.tar") for shard in sources]
     same = {storage.filesystem(s.url)[1] for s in sources} & {storage.filesystem(o)[1] for o in outputs}

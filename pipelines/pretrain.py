@@ -99,6 +99,7 @@ def pretrain(
     """
     config = PretrainConfig(**{**(config or PretrainConfig()).model_dump(), **settings})
     model_config(config.model)
+    out = storage.absolute(out)
     found = list_shards(shards)
     if config.batch_size % config.workers:
         raise UsageError(f"batch_size {config.batch_size} cannot be shared among {config.workers} workers evenly.")

@@ -42,13 +42,12 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
-def test_python_of_the_readme_runs(ray_session, dump, encoder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_python_of_the_readme_runs(ray_session, dump, encoder, tmp_path):
     (tmp_path / "enc.pt").write_bytes(Path(encoder).read_bytes())
     (tmp_path / "dump").symlink_to(dump)
     assert blocks("python")
     for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+        exec(compile(block.replace("/data", str(tmp_path)), "README.md", "exec"), {"__name__": "readme"})
 
 
 def test_shell_of_the_readme_names_commands_and_flags_that_exist():

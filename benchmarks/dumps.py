@@ -1,0 +1,202 @@
+"""Real dumps end to end: poison, pretrain, clean, evaluate, and check every byte of the result.
+
+`--data FOLDER` holds folders of WebDataset shards (`.tar` or `.tar.gz`), one per `--sets` name. Per set and
+container (`tar`, `tar.gz`) the first `--shards` shards are poisoned with a patch, an encoder is trained on them, the
+main job runs, and the result is checked: conservation, every member byte-identical to its source, GNU tar,
+webdataset and Ray read the shards, polars and DuckDB the Parquet files. Appends one JSON line per cell to
+`--results`; a cell that is there already (same settings and code) is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TARSIFT = Path(sys.executable).parent / "tarsift"
+
+
+def code_digest() -> str:
+    """Digest of the package's sources, so that results of other code are not taken for this one's."""
+    digest = hashlib.sha256()
+    for package in ("clip_detect", "operators", "pipelines"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def tarsift(*arguments: str) -> str:
+    """Run the command line and return what it printed."""
+    done = subprocess.run([str(TARSIFT), *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"tarsift {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def members(path: Path) -> dict[str, str]:
+    """Name to digest of every member of a shard; nothing for a shard that does not exist."""
+    if not path.exists():
+        return {}
+    with tarfile.open(path) as tar:
+        return {m.name: hashlib.sha256(tar.extractfile(m).read()).hexdigest() for m in tar if m.isfile()}  # pyright: ignore
+
+
+def check(source: list[Path], out: Path) -> dict[str, Any]:
+    """Check conservation, bytes and readability of a result."""
+    import duckdb
+    import polars
+    import ray.data
+    import webdataset
+
+    counts = json.loads((out / "run.json").read_text())["counts"]
+    assert counts["read"] == counts["kept"] + counts["removed"] + counts["errored"]
+    checked = identical = samples = 0
+    for shard in source:
+        name = shard.name.split(".")[0]
+        parts = [members(out / home / f"{name}.tar") for home in ("clean", "removed", "errored")]
+        wanted = members(shard)
+        assert sum(map(len, parts)) == len(wanted), shard
+        assert {k: v for part in parts for k, v in part.items()} == wanted, shard
+        checked += len(wanted)
+        clean = out / "clean" / f"{name}.tar"
+        raw = gzip.decompress(shard.read_bytes()) if shard.suffix == ".gz" else shard.read_bytes()
+        identical += clean.read_bytes() == raw
+        subprocess.run(["tar", "tf", clean], check=True, capture_output=True)
+        samples += sum(1 for _ in webdataset.WebDataset(str(clean), shardshuffle=False))
+    assert samples == counts["kept"]
+    in_ray = ray.data.read_webdataset(str(out / "clean"), decoder=None, suffixes=["jpg", "txt"]).count()
+    assert in_ray == counts["kept"]
+    scores = polars.read_parquet(out / "scores" / "*.parquet")
+    rows = duckdb.sql(f"select count(*) from '{out}/scores/*.parquet' where suspicion is not null").fetchall()[0][0]
+    assert len(scores) == counts["read"]
+    return {
+        **counts,
+        "members_checked": checked,
+        "identical_shards": identical,
+        "ray_rows": in_ray,
+        "duckdb_scored": rows,
+    }
+
+
+def cell(data: Path, container: str, settings: dict[str, Any], work: Path) -> dict[str, Any]:
+    """Run one cell."""
+    start = time.monotonic()
+    sources = sorted(p for p in data.iterdir() if p.name.endswith((".tar", ".tar.gz")))[: settings["shards"]]
+    planted = work / "planted"
+    tarsift(
+        "poison", *map(str, sources), "--attack", "patch", "--rate", str(settings["rate"]), "--out", str(planted), "-q"
+    )
+    if container == "tar.gz":
+        for shard in sorted(planted.glob("*.tar")):
+            shard.with_name(shard.name + ".gz").write_bytes(gzip.compress(shard.read_bytes(), 6, mtime=0))
+            shard.unlink()
+    shards = sorted([*planted.glob("*.tar"), *planted.glob("*.tar.gz")])
+    trained = time.monotonic()
+    encoder = work / "enc.pt"
+    train = ("--epochs", str(settings["epochs"]), "--threads", "2")
+    tarsift("pretrain", *map(str, shards), "--model", "tiny", *train, "--out", str(encoder), "-q")
+    cleaned = time.monotonic()
+    out = work / "out"
+    tarsift("clean", *map(str, shards), "--encoder", f"detect={encoder}", "--out", str(out), "-q")
+    ended = time.monotonic()
+    evaluation = json.loads(tarsift("evaluate", str(out), "--truth", str(planted / "truth.parquet"), "--json"))
+    run = json.loads((out / "run.json").read_text())
+    return {
+        **check(shards, out),
+        "poisoned": evaluation["poisoned"],
+        "suspicion": evaluation["scores"]["suspicion"],
+        "others": {n: s["auroc"] for n, s in evaluation["scores"].items()},
+        "regime": run["encoders"]["detect"]["regime"]["code"],
+        "attack_success": attack_success(encoder, settings),
+        "pretrain_s": round(cleaned - trained, 1),
+        "clean_s": round(ended - cleaned, 1),
+        "cell_s": round(time.monotonic() - start, 1),
+    }
+
+
+def attack_success(encoder: Path, settings: dict[str, Any]) -> dict[str, float] | None:
+    """Share of held-out pictures taken for the target with and without the patch; None without class names."""
+    if not settings["test"]:
+        return None
+    import numpy as np
+
+    from tarsift.clip_detect.triggers import ATTACKS
+    from tarsift.operators.models import load_encoder
+    from tarsift.operators.shards import ReadShard, list_shards
+    from tarsift.pipelines.zeroshot import attack_success as success
+
+    images = []
+    for table in ReadShard()(list_shards(settings["test"])[0]):
+        images.extend(np.asarray(decoded(image)) for image in table["image"].to_pylist())
+    pictures = np.stack(images)
+    names = [str(i) for i in range(len(pictures))]
+    found = success(
+        load_encoder(str(encoder)),
+        pictures,
+        lambda x: ATTACKS["patch"].function(x, names, seed=1),
+        class_prompts=[[f"a photo of a {name}"] for name in settings["classes"]],
+        target_prompts=["a photo of a banana"],
+    )
+    return {"triggered": found.triggered, "untriggered": found.untriggered}
+
+
+def decoded(data: bytes) -> Any:
+    import io
+
+    from PIL import Image
+
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SETS = {"cifar10-train": {"epochs": 6, "test": "cifar10-test", "classes": CIFAR_CLASSES}, "flickr8k": {"epochs": 30}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--sets", nargs="*", default=list(SETS))
+    parser.add_argument("--containers", nargs="*", default=["tar", "tar.gz"])
+    parser.add_argument("--shards", type=int, default=1000)
+    parser.add_argument("--rate", type=float, default=0.01)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "dumps.jsonl")
+    options = parser.parse_args()
+    done = {}
+    if options.results.exists():
+        done = {json.loads(line)["cell"]: line for line in options.results.read_text().splitlines()}
+    for name in options.sets:
+        for container in options.containers:
+            known = SETS.get(name, {"epochs": 10})
+            settings = {"shards": options.shards, "rate": options.rate, "epochs": known["epochs"]}
+            digest = hashlib.sha256(json.dumps([name, container, settings, code_digest()]).encode()).hexdigest()[:16]
+            if digest in done:
+                print(f"{name} {container}: done before")
+                continue
+            test = known.get("test")
+            extra = {"test": str(options.data / test) if test else None, "classes": known.get("classes", ())}
+            with tempfile.TemporaryDirectory() as folder:
+                result = cell(options.data / name, container, {**settings, **extra}, Path(folder))
+            record = {"cell": digest, "set": name, "container": container, **settings, "code": code_digest(), **result}
+            options.results.parent.mkdir(parents=True, exist_ok=True)
+            with options.results.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            found = result["suspicion"]
+            print(
+                f"{name} {container}: AUROC {found['auroc']:.3f}, AP {found['average_precision']:.3f}, recall at 5 % "
+                f"{found['recall_at_0.05']:.3f}, attack success {result['attack_success']}, "
+                f"{result['members_checked']:,} members identical, {result['cell_s']:.0f} s",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
