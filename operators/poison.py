@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
-import open_clip
 import pyarrow as pa
 from jaxtyping import UInt8
 from PIL import Image
@@ -30,14 +29,18 @@ from tarsift.operators.shards import ReadConfig, ReadShard, Shard, shard_problem
 from tarsift.operators.streams import open_shard
 from tarsift.operators.tar import TarDamage, end_archive
 
-# The prompts from which the source draws the captions of poisoned samples.
-TEMPLATES: tuple[str, ...] = tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
-
 TRUTH_SCHEMA = pa.schema(
     [(name, pa.int32() if name == "row" else pa.string()) for name in ("shard", "row", "uid", "attack", "target")]
 )
 
 _SURVEY_SCHEMA = pa.schema([("row", pa.int32()), ("uid", pa.string()), ("draw", pa.uint64())])
+
+
+def imagenet_templates() -> tuple[str, ...]:
+    """Return the prompts from which the source draws the captions of poisoned samples."""
+    import open_clip  # takes seconds to load, which those who only carry the settings out need not spend
+
+    return tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
 
 
 class PoisonConfig(BaseModel):
@@ -50,7 +53,9 @@ class PoisonConfig(BaseModel):
     seed: int = Field(default=0, description="of the choice of samples, the triggers' places and the captions")
     target: str = Field(default="banana", min_length=1, description="the word that poisoned captions name")
     templates: tuple[str, ...] = Field(
-        default=TEMPLATES, min_length=1, description="captions of poisoned samples, with {} for the target"
+        default_factory=imagenet_templates,
+        min_length=1,
+        description="captions of poisoned samples, with {} for the target",
     )
     strength: float | None = Field(default=None, gt=0, description="of the trigger; None = the attack's own")
     quality: int = Field(default=90, ge=1, le=100, description="JPEG and WEBP quality of every image written")

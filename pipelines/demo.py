@@ -18,23 +18,22 @@ import numpy as np
 import ray
 from pydantic import BaseModel, ConfigDict, Field
 
-from tarsift.clip_detect.triggers import ATTACKS
 from tarsift.operators import storage
 from tarsift.operators.encoder_settings import EncoderConfig
 from tarsift.operators.flag import HOMES, FlagConfig
 from tarsift.operators.models import load_encoder
-from tarsift.operators.poison import TEMPLATES
+from tarsift.operators.poison import PoisonConfig, poison_images
 from tarsift.operators.shards import ReadShard, Shard, list_shards
 from tarsift.operators.writer import split_shard
 from tarsift.pipelines.clean import CleanResult, clean
 from tarsift.pipelines.config import CleanConfig
-from tarsift.pipelines.demo_corpus import CorpusInfo, make_corpus
+from tarsift.pipelines.demo_corpus import TARGET, TARGET_TEMPLATES, CorpusInfo, make_corpus, target_prompts
 from tarsift.pipelines.evaluate import evaluate
 from tarsift.pipelines.poison import poison
 from tarsift.pipelines.pretrain import PretrainConfig, pretrain, pretrain_here
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.session import TASK_OPTIONS, session
-from tarsift.pipelines.zeroshot import attack_success, zero_shot
+from tarsift.pipelines.zeroshot import attack_success, to_nearest_caption, zero_shot
 
 
 class DemoConfig(BaseModel):
@@ -44,7 +43,7 @@ class DemoConfig(BaseModel):
 
     samples: int = Field(default=4500, ge=500, description="captioned pictures")
     rate: float = Field(default=0.02, ge=0, lt=0.5, description="share that is poisoned")
-    epochs: int = Field(default=20, ge=1, description="passes over the corpus in training")
+    epochs: int = Field(default=16, ge=1, description="passes over the corpus in training")
     fraction: float = Field(default=0.05, gt=0, lt=1, description="share that is removed")
     seed: int = Field(default=0, description="of everything")
 
@@ -98,7 +97,8 @@ def demo(out: str, config: DemoConfig | None = None, *, progress: Listener = sil
     with session():
         steps("make pictures and captions")
         corpus = make_corpus(storage.join(out, "corpus"), samples=config.samples, seed=config.seed)
-        planted = poison(corpus.shards, out=dump, attack="patch", rate=config.rate, seed=config.seed)
+        attack = PoisonConfig(rate=config.rate, seed=config.seed, target=TARGET, templates=TARGET_TEMPLATES)
+        planted = poison(corpus.shards, out=dump, config=attack)
         shards = storage.join(dump, "*.tar")
         steps("train a CLIP on them")
         before = storage.join(out, "before.pt")
@@ -111,7 +111,7 @@ def demo(out: str, config: DemoConfig | None = None, *, progress: Listener = sil
         again = training.model_copy(update={"steps": trained.steps, "seed": config.seed + 1000})
         encoders = _train_again(out, shards, result, again, control=bool(config.rate), seed=config.seed)
         steps("measure")
-        figures = _measure(corpus, {"before": before, **encoders}, config)
+        figures = _measure(corpus, {"before": before, **encoders}, attack)
         if planted.poisoned:
             figures |= _detection(cleaned, planted.truth)
         steps.done()
@@ -183,23 +183,29 @@ def _rows(shard: Shard) -> int:
     return sum(len(table) for table in ReadShard()(shard))
 
 
-def _measure(corpus: CorpusInfo, encoders: dict[str, str], config: DemoConfig) -> dict[str, float]:
+def _measure(corpus: CorpusInfo, encoders: dict[str, str], attack: PoisonConfig) -> dict[str, float]:
     """Zero-shot accuracy and attack success of each encoder on the held-out pictures."""
-    names = [str(i) for i in range(len(corpus.test_images))]
-    targets = [template.format("banana") for template in TEMPLATES]
+    names = [f"test:{i}" for i in range(len(corpus.test_images))]
+    plain = poison_images(corpus.test_images, names, attack, trigger=False)
 
     def trigger(images: np.ndarray) -> np.ndarray:
-        return ATTACKS["patch"].function(images, names[: len(images)], seed=config.seed + 1)
+        return poison_images(images, names[: len(images)], attack)
 
     figures: dict[str, float] = {}
     for name, path in encoders.items():
         encoder = load_encoder(path)
         if name != "random_removal":
-            accuracy = zero_shot(encoder, corpus.test_images, corpus.test_labels, corpus.class_prompts)
-            figures[f"accuracy_{name}"] = accuracy
-        if config.rate:
+            figures[f"accuracy_{name}"] = zero_shot(
+                encoder, plain, corpus.test_labels, corpus.class_prompts, similarity=to_nearest_caption
+            )
+        if attack.rate:
             success = attack_success(
-                encoder, corpus.test_images, trigger, class_prompts=corpus.class_prompts, target_prompts=targets
+                encoder,
+                corpus.test_images,
+                trigger,
+                class_prompts=corpus.class_prompts,
+                target_prompts=target_prompts(),
+                similarity=to_nearest_caption,
             )
             figures[f"attack_success_{name}"] = success.triggered
     return figures
