@@ -37,7 +37,18 @@ def encoder_info(spec: str) -> EncoderInfo:
         TarsiftError: if the file is damaged or holds more than tensors.
     """
     encoder = load_encoder(spec)
-    return EncoderInfo(**{name: getattr(encoder, name) for name in EncoderInfo.__dataclass_fields__})
+    facts = {name: getattr(encoder, name) for name in EncoderInfo.__dataclass_fields__}
+    return EncoderInfo(**{**facts, "name": short_name(encoder.name)})
+
+
+def short_name(spec: str) -> str:
+    """Leave out the folders of an encoder's file: `RN50:/models/cc3m.pt` is `RN50:cc3m.pt`."""
+    if spec.startswith("hf-hub:"):
+        return spec
+    architecture, colon, file = spec.partition(":")
+    if not colon or file.startswith("//"):  # a path or a URL alone
+        return spec.rsplit("/", 1)[-1]
+    return f"{architecture}:{file.rsplit('/', 1)[-1]}"
 
 
 class ClipEncoder:

@@ -51,6 +51,7 @@ def write_shard(shard: Shard, out: str, sha256: str) -> dict[str, Any]:
         "sha256": result.source_sha256,
         "stray_members": result.stray_members,
         "tail_bytes": result.tail_bytes,
+        "problem": result.problem.model_dump() if result.problem else None,
         "homes": {
             home: {"samples": h.samples, "members": h.members, "bytes": h.bytes, "sha256": h.sha256}
             for home, h in result.homes.items()

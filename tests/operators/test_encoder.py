@@ -13,7 +13,7 @@ from open_clip.transform import image_transform
 from PIL import Image
 from pydantic import ValidationError
 
-from tarsift.operators.encoder import ClipEncoder, EncoderConfig, encoder_info
+from tarsift.operators.encoder import ClipEncoder, EncoderConfig, encoder_info, short_name
 from tarsift.operators.errors import END_OF_SHARD, ConfigError, TarsiftError, UsageError
 from tarsift.operators.images import DecodeImages
 from tarsift.operators.models import build_model, load_encoder, model_config, save_checkpoint
@@ -333,3 +333,17 @@ def test_embeddings_of_a_gpu_are_near_those_of_a_cpu(spec, encode):
     for name in ("image_embedding", "text_embedding"):
         exact, near = (matrix(operator(table)[name])[0].astype(np.float64) for operator in (encode, on_gpu))
         assert np.linalg.norm(exact - near, axis=1).max() < 0.01 * np.linalg.norm(exact, axis=1).min()
+
+
+@pytest.mark.parametrize(
+    ("spec", "short"),
+    [
+        ("/models/enc.pt", "enc.pt"),
+        ("s3://bucket/models/enc.pt", "enc.pt"),
+        ("RN50:/models/cc3m.pt", "RN50:cc3m.pt"),
+        ("ViT-B-32:laion2b_s34b_b79k", "ViT-B-32:laion2b_s34b_b79k"),
+        ("hf-hub:org/name", "hf-hub:org/name"),
+    ],
+)
+def test_names_of_encoders_leave_out_folders(spec, short):
+    assert short_name(spec) == short

@@ -6,6 +6,7 @@ import tarfile
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -71,7 +72,7 @@ def test_every_sample_has_a_score_or_a_reason(result):
         if pa.types.is_floating(scores[name].type):
             values = scores[name].drop_null().to_numpy()
             assert np.isfinite(values).all(), name
-    copies = scores.filter(pa.compute.equal(scores["duplicate_count"], 2))  # pyright: ignore
+    copies = scores.filter(pc.equal(scores["duplicate_count"], 2))
     assert copies["row"].to_pylist() == [6, 7]
     assert copies["suspicion"][0] == copies["suspicion"][1]
 
@@ -242,3 +243,66 @@ def test_an_untouched_shard_is_identical(ray_session, dump, encoder, tmp_path):
         assert (tmp_path / "o" / "clean" / f"{name}.tar").read_bytes() == (shards / f"{name}.tar").read_bytes()
     unzipped = gzip.decompress((shards / "00004.tar.gz").read_bytes())
     assert (tmp_path / "o" / "clean" / "00004.tar").read_bytes() == unzipped
+
+
+def test_what_workers_run_gives_what_is_stored(result, encoder):
+    """The functions that Ray ships to its workers, called here on one shard."""
+    from tarsift.operators.encoder import ClipEncoder, encoder_info
+    from tarsift.operators.flag import Flag
+    from tarsift.operators.shards import Shard
+    from tarsift.pipelines import reading, score
+    from tarsift.pipelines.flag import flag_rows
+
+    run = recipe.reopen_run(result.out)
+    recipe.load_embedded(run)
+    shard: Shard = run.shards[0]
+    items = pa.Table.from_pylist([{"name": shard.name, "url": shard.url, "size": shard.size}])
+    stored = {
+        f: pq.read_table(out_of(result) / f / "00000.parquet")
+        for f in ("embeddings/detect", "density", "scores", "flags")
+    }
+
+    pictures = list(
+        reading.read_pictures(items, read=run.config.read, images=run.config.images, info=encoder_info(encoder))
+    )
+    embedded = pa.concat_tables(map(ClipEncoder(encoder), pictures))
+    rows = embedded.filter(pc.greater_equal(embedded["row"], 0)).select(stored["embeddings/detect"].column_names)
+    assert rows.to_pylist() == stored["embeddings/detect"].to_pylist()
+
+    folders = score.ScoreFolders(result.out)
+    arguments = (folders, dump_key(run.embedded, run.config), score.Search("auto", 1, 64, "here"))
+    for scorer, folder in ((score.DensityScorer, "density"), (score.SmoothingScorer, "scores")):
+        table = pa.concat_tables(score._score_in_task(items, scorer=scorer, arguments=arguments))
+        rows = table.filter(pc.greater_equal(table["row"], 0)).select(stored[folder].column_names)
+        assert rows.to_pylist() == stored[folder].to_pylist()
+
+    threshold = run.content["threshold"]
+    flag = Flag(run.config.flag, cutoff=threshold["cutoff"], tie_hash=threshold["tie_hash"])
+    tables = list(flag_rows(items, folder=str(out_of(result) / "scores"), flag=flag))
+    assert pa.concat_tables(tables[:-1]).to_pylist() == stored["flags"].to_pylist()
+
+
+def test_a_shard_is_split_by_its_flags(result, tmp_path):
+    import shutil
+
+    from tarsift.pipelines.write import write_shard
+
+    shutil.copytree(out_of(result) / "flags", tmp_path / "flags")
+    run = recipe.reopen_run(result.out)
+    recipe.load_embedded(run)
+    shard = run.shards[0]
+    entry = write_shard(shard, str(tmp_path), run.embedded[shard.name]["source"]["sha256"])
+    assert entry["rows"] == sum(home["samples"] for home in entry["homes"].values()) == 80
+    for home in ("clean", "errored"):
+        assert (tmp_path / home / "00000.tar").read_bytes() == (out_of(result) / home / "00000.tar").read_bytes()
+    with pytest.raises(ChangedError):
+        write_shard(shard, str(tmp_path), "0" * 64)
+
+
+def test_policies_are_found_in_one_shard_as_in_many(result):
+    from tarsift.operators.folds import Count
+    from tarsift.pipelines.folding import _fold_some
+
+    names = [f"{i:05d}" for i in range(5)]
+    homes = Count("home").finish(_fold_some(Count("home"), names, [str(out_of(result) / "flags")]))
+    assert homes == {"clean": result.counts["kept"], "removed": 20, "errored": 2}
