@@ -55,7 +55,7 @@ def check(source: list[Path], out: Path) -> dict[str, Any]:
     import duckdb
     import polars
     import ray.data
-    import webdataset
+    from webdataset import WebDataset  # pyright: ignore[reportAttributeAccessIssue]
 
     counts = json.loads((out / "run.json").read_text())["counts"]
     assert counts["read"] == counts["kept"] + counts["removed"] + counts["errored"]
@@ -71,12 +71,13 @@ def check(source: list[Path], out: Path) -> dict[str, Any]:
         raw = gzip.decompress(shard.read_bytes()) if shard.suffix == ".gz" else shard.read_bytes()
         identical += clean.read_bytes() == raw
         subprocess.run(["tar", "tf", clean], check=True, capture_output=True)
-        samples += sum(1 for _ in webdataset.WebDataset(str(clean), shardshuffle=False))
+        samples += sum(1 for _ in WebDataset(str(clean), shardshuffle=False))
     assert samples == counts["kept"]
     in_ray = ray.data.read_webdataset(str(out / "clean"), decoder=None, suffixes=["jpg", "txt"]).count()
     assert in_ray == counts["kept"]
     scores = polars.read_parquet(out / "scores" / "*.parquet")
-    rows = duckdb.sql(f"select count(*) from '{out}/scores/*.parquet' where suspicion is not null").fetchall()[0][0]
+    found = duckdb.sql(f"select count(*) from '{out}/scores/*.parquet' where suspicion is not null")
+    rows = found.fetchall()[0][0] if found else 0
     assert len(scores) == counts["read"]
     return {
         **counts,
