@@ -12,7 +12,7 @@ import ray
 
 from tarsift.clip_detect.threshold import Cutoff, TopFraction
 from tarsift.operators import storage
-from tarsift.operators.errors import END_OF_SHARD, ConfigError, ShardError, UsageError
+from tarsift.operators.errors import ConfigError, ShardError, UsageError
 from tarsift.operators.flag import Flag, FlagConfig, Judged
 from tarsift.operators.folds import CountNear, SelectTop, row_hashes
 from tarsift.operators.shards import Shard
@@ -25,7 +25,7 @@ from tarsift.pipelines.reading import shard_items, shards_of
 from tarsift.pipelines.session import TASK_OPTIONS
 
 TIE_KEY = b"tarsift.flag"  # ties are broken by identity; nothing is gained by foreseeing it
-FLAG_FILE_COLUMNS = ("shard", "row", "uid", "flagged", "reasons", "home", "error")
+FLAG_FILE_COLUMNS = ("shard", "row", "key", "uid", "flagged", "reasons", "home", "error")
 
 
 @dataclass(frozen=True)
@@ -118,14 +118,11 @@ def quarantined_shards(embedded: Mapping[str, Mapping[str, Any]], config: FlagCo
 
 def flag_rows(items: pa.Table, *, folder: str, flag: Flag):
     """Read a shard's scores, flag them and yield the columns of a flags file, then the end-of-shard row."""
-    columns = ("shard", "row", "uid", "error", flag.config.score)
+    columns = ("shard", "row", "key", "uid", "error", flag.config.score)
     source = ReadStored([Stored(folder, columns)], batch_rows=8192, receipts=True)
     for shard in shards_of(items):
         for table in source(shard.name):
-            if table["error"][0].as_py() == END_OF_SHARD:
-                yield table
-            else:
-                yield flag(table, tie_hashes(table)).select(FLAG_FILE_COLUMNS)
+            yield flag(table, tie_hashes(table)).select(FLAG_FILE_COLUMNS)
 
 
 def flag_pass(
