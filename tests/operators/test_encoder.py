@@ -320,7 +320,7 @@ def test_encoder_info_describes(spec):
     info, encoder = encoder_info(spec), load_encoder(spec)
     assert (info.image_size, info.embed_dim, info.context_length) == (32, 64, 32)
     assert (info.interpolation, info.resize_mode) == (encoder.interpolation, encoder.resize_mode)
-    assert (info.name, info.weights_sha256) == (spec, encoder.weights_sha256)
+    assert (info.name, info.weights_sha256) == ("enc.pt", encoder.weights_sha256)
     assert (info.trained_on, info.steps) == ({"a": "11", "b": "22"}, 40)
 
 
