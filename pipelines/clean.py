@@ -250,8 +250,9 @@ def load_embedded(run: Run) -> str:
 
 def score_step(run: Run) -> None:
     """Fit the reference and score every sample."""
+    embed_print = load_embedded(run)
     digests = {name: entry["source"]["sha256"] for name, entry in sorted(run.embedded.items())}
-    print_ = scoring.score_fingerprint(load_embedded(run), digests, run.config)
+    print_ = scoring.score_fingerprint(embed_print, digests, run.config)
     _, about = scoring.score_passes(
         run.shards,
         run.out,
@@ -283,13 +284,12 @@ def flag_step(run: Run) -> None:
     quarantined = flagging.quarantined_shards(run.embedded, policy)
     location, scale = scoring.score_location(run.out, ROLE, policy.score) if policy.policy == "z" else (0.0, 1.0)
     names = [shard.name for shard in run.shards]
-    known = run.content.get("threshold", {})
     threshold = flagging.find_threshold(run.out, names, policy, location=location, scale=scale, quarantined=quarantined)
     result, ledger = flagging.flag_pass(
         run.shards, run.out, policy, print_, threshold=threshold, quarantined=quarantined,
         wave_shards=run.config.resources.wave_shards, progress=run.progress,
     )  # fmt: skip
-    run.content["threshold"] = {**known, **threshold.to_json()}
+    run.content["threshold"] = threshold.to_json()
     run.content["counts"] = writing.count_homes(names, run.out, run.embedded)
     run.file.record_pass(ledger.name, result.figures(print_))
 
@@ -414,8 +414,3 @@ def clean(
         write_step(run)
         report = report_step(run)
     return result_of(run, start, report)
-
-
-def cpu_count() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
