@@ -105,6 +105,13 @@ def test_the_same_command_again_does_nothing_again(result, dump, encoder):
     assert before == after
 
 
+def test_a_pass_called_by_name_does_not_repeat_what_clean_did(result):
+    out = out_of(result)
+    before = {p: p.stat().st_mtime_ns for p in (out / "ledger").rglob("*.json")}
+    recipe.score_step(recipe.reopen_run(str(out)))
+    assert before == {p: p.stat().st_mtime_ns for p in (out / "ledger").rglob("*.json")}
+
+
 @pytest.mark.parametrize(("batch", "workers"), [(32, 2)])
 def test_batch_size_and_workers_change_nothing(result, dump, encoder, tmp_path, batch, workers):
     other = clean(
