@@ -57,6 +57,8 @@ def check(source: list[Path], out: Path) -> dict[str, Any]:
     import ray.data
     from webdataset import WebDataset  # pyright: ignore[reportAttributeAccessIssue]
 
+    from tarsift.pipelines.session import session
+
     counts = json.loads((out / "run.json").read_text())["counts"]
     assert counts["read"] == counts["kept"] + counts["removed"] + counts["errored"]
     checked = identical = samples = 0
@@ -73,7 +75,8 @@ def check(source: list[Path], out: Path) -> dict[str, Any]:
         subprocess.run(["tar", "tf", clean], check=True, capture_output=True)
         samples += sum(1 for _ in WebDataset(str(clean), shardshuffle=False))
     assert samples == counts["kept"]
-    in_ray = ray.data.read_webdataset(str(out / "clean"), decoder=None, suffixes=["jpg", "txt"]).count()
+    with session():
+        in_ray = ray.data.read_webdataset(str(out / "clean"), decoder=None, suffixes=["jpg", "txt"]).count()
     assert in_ray == counts["kept"]
     scores = polars.read_parquet(out / "scores" / "*.parquet")
     found = duckdb.sql(f"select count(*) from '{out}/scores/*.parquet' where suspicion is not null")

@@ -42,6 +42,13 @@ def ordered_bits(scores: Float32[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:
     return np.where(negative, np.uint32(2**31) - (bits & np.uint32(2**31 - 1)), bits | np.uint32(2**31))
 
 
+def from_ordered_bits(codes: UInt32[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
+    """Undo `ordered_bits`."""
+    codes = np.asarray(codes, np.uint32)
+    sign = np.uint32(2**31)
+    return np.where(codes >= sign, codes & ~sign, (sign - codes) | sign).astype(np.uint32).view(np.float32)
+
+
 @dataclass(frozen=True)
 class Cutoff:
     """Where the top fraction ends: a sample is in it if (score, hash) is at or above the cutoff's.

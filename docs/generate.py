@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,24 +48,13 @@ def scores_page() -> str:
 
 def settings_page() -> str:
     """Every setting with type, default and meaning, from the pydantic models."""
-    from pydantic import BaseModel
-
-    from tarsift.operators.encoder_settings import EncoderConfig
-    from tarsift.pipelines.config import CleanConfig
-
-    def rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
-        for name, info in model.model_fields.items():
-            kind = info.annotation
-            if name == "encoders":
-                yield from rows(EncoderConfig, "encoders.detect.")
-            elif isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from rows(kind, f"{prefix}{name}.")
-            else:
-                default = "required" if info.is_required() else f"`{info.default!r}`"
-                yield f"| `{prefix}{name}` | {default} | {info.description or ''} |"
+    from tarsift.pipelines.config import all_settings
 
     lines = ["# Settings\n", "For `--set NAME=VALUE` and YAML.\n", "| setting | default | meaning |", "|---|---|---|"]
-    return NOTE + "\n".join([*lines, *rows(CleanConfig, "")]) + "\n"
+    for name, field in all_settings():
+        default = "required" if field.is_required() else f"`{field.default!r}`"
+        lines.append(f"| `{name}` | {default} | {field.description or ''} |")
+    return NOTE + "\n".join(lines) + "\n"
 
 
 def cli_page() -> str:
@@ -91,10 +79,11 @@ def module_table() -> str:
     """One line per module: the first line of its docstring."""
     lines = []
     for package in ("clip_detect", "sifters", "operators", "pipelines"):
-        for path in sorted((ROOT / package).glob("*.py")):
+        for path in sorted((ROOT / package).rglob("*.py")):
             doc = ast.get_docstring(ast.parse(path.read_text())) or ""
-            if path.name != "__init__.py":
-                lines.append(f"| `{package}/{path.name}` | {doc.splitlines()[0] if doc else ''} |")
+            if path != ROOT / package / "__init__.py":
+                name = path.relative_to(ROOT).as_posix().removesuffix("__init__.py")
+                lines.append(f"| `{name}` | {doc.splitlines()[0] if doc else ''} |")
     return "\n".join(lines)
 
 

@@ -19,7 +19,6 @@ from tarsift.operators.regime import Regime, encoder_regime
 from tarsift.operators.schema import append, as_table, fixed_size_list, matrix
 from tarsift.operators.towers import (
     choose_device,
-    choose_precision,
     cosines,
     encode_captions,
     encode_images,
@@ -84,8 +83,8 @@ class ClipEncoder:
         # OpenMP left to itself spins on every core, which costs many times over when processes share them.
         torch.set_num_threads(self.config.threads)
         self.device = choose_device(self.config.device)
-        self.precision = choose_precision(self.config.precision, self.device)
-        self.micro_batch = self.config.micro_batch or (256 if self.device.type == "cuda" else 64)
+        settled = self.config.settled(gpu=self.device.type == "cuda")
+        self.precision, self.micro_batch = settled.precision, settled.micro_batch
         self.encoder = load_encoder(self.config.spec, device=self.device)
         self.encoder.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.decode = DecodeImages(
@@ -150,7 +149,7 @@ class ClipEncoder:
             except torch.cuda.OutOfMemoryError:
                 if self.micro_batch == 1:
                     raise
-                self.micro_batch //= 2
+                self.micro_batch //= 2  # pyright: ignore[reportOperatorIssue]  # `settled` leaves no None
             torch.cuda.empty_cache()  # out here the failed pass's tensors are no longer referenced
 
     def _stored(self, embeddings: Float32[np.ndarray, "m d"], valid: Bool[np.ndarray, " n"]) -> np.ndarray:

@@ -31,6 +31,12 @@ class EncoderConfig(BaseModel):
     store: Annotated[Literal["float16", "float32"], Field(description="type of the stored embeddings")] = "float16"
     towers: Annotated[tuple[Tower, ...], Field(min_length=1, description="what is embedded")] = ("image", "text")
 
+    def settled(self, *, gpu: bool) -> EncoderConfig:
+        """Put what `precision=auto` and `micro_batch=None` mean there; embeddings depend on both."""
+        precision = self.precision if self.precision != "auto" else "fp16" if gpu else "fp32"
+        micro_batch = self.micro_batch or (256 if gpu else 64)
+        return self.model_copy(update={"precision": precision, "micro_batch": micro_batch})
+
 
 @dataclass(frozen=True)
 class EncoderInfo:

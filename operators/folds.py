@@ -22,7 +22,8 @@ from tarsift.operators.schema import matrix
 class Fold(Protocol):
     """What all folds offer; `columns` are the columns that `add` looks at."""
 
-    columns: tuple[str, ...]
+    @property
+    def columns(self) -> tuple[str, ...]: ...
 
     def init(self) -> Any: ...
     def add(self, state: Any, table: pa.Table) -> Any: ...

@@ -79,13 +79,6 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-def choose_precision(precision: str, device: torch.device) -> Precision:
-    """Return the precision of a setting on a device."""
-    if precision == "auto":
-        return "fp16" if device.type == "cuda" else "fp32"
-    return precision  # pyright: ignore[reportReturnType]
-
-
 def _device(encoder: LoadedEncoder) -> torch.device:
     return next(encoder.model.parameters()).device
 

@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from tarsift.operators.errors import EXIT_CODES, ConfigError, TarsiftError
+from tarsift.operators.errors import EXIT_CODES, TarsiftError
+from tarsift.pipelines.options import (
+    MAIN,
+    PASSES,
+    SPREAD,
+    WORKSHOP,
+    AsJson,
+    BatchSize,
+    By,
+    Captions,
+    ConfigFile,
+    Encoder,
+    Fraction,
+    GpusPerWorker,
+    MaxErrorRate,
+    MinScore,
+    MinZ,
+    NoShards,
+    OnBadShard,
+    OnError,
+    OutFolder,
+    OutOption,
+    Quiet,
+    Reference,
+    Set,
+    Shards,
+    Threads,
+    Workers,
+    checked,
+    encoder_settings,
+    spread_settings,
+    verdict_settings,
+)
+from tarsift.pipelines.printing import plain, print_demo, print_evaluation, print_result, say, write_json
 from tarsift.pipelines.progress import Listener, RichBars, listener_for
 
 app = typer.Typer(
@@ -27,103 +57,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-MAIN, PASSES, WORKSHOP = "Main job", "Its passes, one by one", "Workshop"
-INPUT, VERDICT, SPREAD, SETTINGS = "Input", "Verdict", "How the work is spread (changes no score)", "Settings"
-
-Shards = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="SHARDS...",
-        help="Paths, globs, brace patterns, folders or URLs of .tar or .tar.gz shards.",
-        show_default=False,
-    ),
-]
-OutFolder = Annotated[str, typer.Argument(metavar="OUT", help="A result folder.", show_default=False)]
-OutOption = Annotated[
-    str,
-    typer.Option(
-        "--out",
-        "-o",
-        metavar="OUT",
-        help="Result folder, local or a URL such as s3://bucket/clean.",
-        show_default=False,
-    ),
-]
-Encoder = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--encoder", metavar="detect=MODEL", rich_help_panel=INPUT, show_default=False,
-        help="CLIP trained on this dump: enc.pt of `pretrain`, RN50:/models/cc3m.pt, ViT-B-32:TAG or hf-hub:org/name.",
-    ),
-]  # fmt: skip
-ConfigFile = Annotated[
-    str | None, typer.Option("--config", metavar="FILE", help="YAML file with settings.", rich_help_panel=SETTINGS)
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="a.b=c",
-        help="One setting, e.g. suspicion.purge_fraction=0.2; may be repeated.",
-        rich_help_panel=SETTINGS,
-    ),
-]
-Captions = Annotated[
-    str | None, typer.Option(metavar="txt|json:FIELD", help="Where captions are.", rich_help_panel=INPUT)
-]
-Fraction = Annotated[
-    float | None,
-    typer.Option(min=0, max=1, help="Flag this fraction of highest suspicion (default 0.05).", rich_help_panel=VERDICT),
-]
-MinScore = Annotated[
-    float | None, typer.Option("--min-score", help="Flag scores of at least this instead.", rich_help_panel=VERDICT)
-]
-MinZ = Annotated[
-    float | None,
-    typer.Option("--min-z", help="Flag robust z-scores of at least this instead.", rich_help_panel=VERDICT),
-]
-By = Annotated[
-    str | None,
-    typer.Option("--by", metavar="SCORE", help="Score column to flag by (default suspicion).", rich_help_panel=VERDICT),
-]
-OnError = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--on-error", metavar="[REASON=]drop|keep", rich_help_panel=VERDICT,
-        help="Samples with an error go to errored/ (drop) or are judged by their score (keep); for one reason or all.",
-    ),
-]  # fmt: skip
-OnBadShard = Annotated[
-    str | None,
-    typer.Option(
-        "--on-bad-shard",
-        metavar="salvage|quarantine|fail",
-        help="What becomes of a damaged shard.",
-        rich_help_panel=VERDICT,
-    ),
-]
-NoShards = Annotated[bool, typer.Option("--no-shards", help="Write only lists, no shards.", rich_help_panel=VERDICT)]
-MaxErrorRate = Annotated[
-    float | None,
-    typer.Option(
-        "--max-error-rate", min=0, max=1, help="Exit with 3 if more samples carry an error.", rich_help_panel=VERDICT
-    ),
-]
-Reference = Annotated[
-    str | None,
-    typer.Option(metavar="PATH", help="Embeddings of a trusted dump to score against.", rich_help_panel=INPUT),
-]
-Workers = Annotated[int | None, typer.Option(min=1, help="Encoder and scoring actors.", rich_help_panel=SPREAD)]
-GpusPerWorker = Annotated[
-    float | None, typer.Option("--gpus-per-worker", min=0, help="GPU share of an actor.", rich_help_panel=SPREAD)
-]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of an actor.", rich_help_panel=SPREAD)]
-BatchSize = Annotated[
-    int | None, typer.Option("--batch-size", min=1, help="Rows handed to an actor at once.", rich_help_panel=SPREAD)
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-
 
 @contextlib.contextmanager
 def progress_on(console: Console, quiet: bool) -> Iterator[Listener]:
@@ -133,58 +66,11 @@ def progress_on(console: Console, quiet: bool) -> Iterator[Listener]:
         yield listener
 
 
-def encoder_settings(encoders: list[str] | None) -> dict[str, Any]:
-    """Turn ROLE=SPEC texts into settings.
-
-    Raises:
-        ConfigError: for a text without a role.
-    """
-    found = {}
-    for text in encoders or []:
-        role, equals, spec = text.partition("=")
-        if not equals or not spec:
-            raise ConfigError(f"--encoder takes ROLE=MODEL, got {text!r}; for example --encoder detect=enc.pt.")
-        found[f"encoders.{role}.spec"] = spec
-    return found
-
-
-def verdict_settings(
-    fraction: float | None, min_score: float | None, min_z: float | None, by: str | None,
-    on_error: list[str] | None, on_bad_shard: str | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Turn the verdict's flags into settings.
-
-    Raises:
-        ConfigError: if two policies are given.
-    """
-    given = [(n, v) for n, v in (("fraction", fraction), ("score", min_score), ("z", min_z)) if v is not None]
-    if len(given) > 1:
-        raise ConfigError("--fraction, --min-score and --min-z exclude each other; give one.")
-    settings: dict[str, Any] = {}
-    if given:
-        settings |= {"flag.policy": given[0][0], "flag.value": given[0][1]}
-    if by is not None:
-        settings["flag.score"] = by
-    if on_error:
-        policies = [text.rpartition("=") for text in on_error]
-        settings["flag.on_error"] = {reason or "all": policy for reason, _, policy in policies}
-    if on_bad_shard is not None:
-        settings["flag.on_bad_shard"] = on_bad_shard
-    return settings
-
-
 def compose(config: str | None, settings: list[str] | None, flags: dict[str, Any]) -> Any:
     """Load the configuration from file, flags and --set, in rising order of precedence."""
     from tarsift.pipelines.config import load_config
 
     return load_config(config, settings or (), **{name.replace(".", "__"): v for name, v in flags.items()})
-
-
-def spread_settings(
-    workers: int | None, gpus: float | None, threads: int | None, batch_size: int | None
-) -> dict[str, Any]:
-    values = {"workers": workers, "gpus_per_worker": gpus, "threads": threads, "batch_size": batch_size}
-    return {f"resources.{name}": value for name, value in values.items() if value is not None}
 
 
 @app.command(rich_help_panel=MAIN)
@@ -257,12 +143,13 @@ def embed(
 ) -> None:
     """Read, decode and encode shards into OUT/embeddings."""
     from tarsift.pipelines import clean as recipe
+    from tarsift.pipelines.run import open_run
     from tarsift.pipelines.session import session
 
     flags = encoder_settings(encoder) | spread_settings(workers, gpus_per_worker, threads, batch_size)
     settings = compose(config, set_, {**flags, "read.captions": captions})
     with progress_on(Console(stderr=True), quiet) as progress:
-        run = recipe.open_run(shards, out, settings, progress=progress)
+        run = open_run(shards, out, settings, progress=progress)
         with session():
             recipe.embed_step(run)
     figures = run.content["passes"]["embed.detect"]
@@ -271,27 +158,21 @@ def embed(
 
 def _redo(out: str, steps: list[str], changes: dict[str, Any], settings: list[str] | None, quiet: bool) -> Any:
     """Redo passes of a result folder with some settings changed."""
-    import yaml
-
     from tarsift.pipelines import clean as recipe
+    from tarsift.pipelines.config import parse_settings
+    from tarsift.pipelines.run import reopen_run
     from tarsift.pipelines.session import session
 
-    for text in settings or []:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--set takes name=value, got {text!r}; for example --set flag.value=0.02.")
-        changes[name] = yaml.safe_load(value)
-    changes = {name: value for name, value in changes.items() if value is not None}
+    changes = {**changes, **parse_settings(settings or ())}
     with progress_on(Console(stderr=True), quiet) as progress:
-        run = recipe.reopen_run(out, changes, progress=progress)
+        run = reopen_run(out, {n: value for n, value in changes.items() if value is not None}, progress=progress)
         with session():
             for step in steps:
                 getattr(recipe, f"{step}_step")(run)
-        stale = recipe.stale_passes(run)
+    stale = run.stale_passes()
     if stale:
-        say(
-            f"out of date now: {', '.join(stale)}; redo with " + " && ".join(f"tarsift {s} {out}" for s in stale), quiet
-        )
+        again = " && ".join(f"tarsift {name} {out}" for name in stale)
+        say(f"out of date now: {', '.join(stale)}; redo with {again}", quiet)
     return run
 
 
@@ -419,26 +300,7 @@ def evaluate(
     if json_:
         write_json(evaluation.to_json())
         return
-    console = Console()
-    console.print(f"{evaluation.poisoned:,} of {evaluation.samples:,} samples are planted. {evaluation.note}")
-    if not evaluation.scores:
-        return
-    table = Table(box=None, pad_edge=False)
-    table.add_column("score")
-    columns = ("auroc", "average_precision", "recall_at_0.01", "recall_at_0.05", "recall_at_0.1", "clean_lost_at_0.05")
-    for name in ("AUROC", "AP", "recall at 1 %", "at 5 %", "at 10 % removed", "clean lost at 5 %"):
-        table.add_column(name, justify="right")
-    for row in evaluation.rows():
-        values = [f"{row[c]:,.0f}" if c.startswith("clean_lost") else f"{row[c]:.3f}" for c in columns]
-        table.add_row(str(row["score"]), *values)
-    console.print(table, highlight=False)
-    if evaluation.flagged:
-        verdict = evaluation.flagged
-        console.print(
-            f"flagged {verdict['flagged']:,}: recall {verdict['recall']:.3f}, precision {verdict['precision']:.3f}, "
-            f"{verdict['clean_lost']:,} clean samples lost",
-            highlight=False,
-        )
+    print_evaluation(evaluation, Console())
 
 
 @app.command(rich_help_panel=MAIN)
@@ -462,73 +324,6 @@ def demo(
         print_demo(summary, out, Console())
 
 
-def print_demo(summary: Any, out: str, console: Console) -> None:
-    """Print what a newcomer should know of a demo."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    for name in ("poisoned", "cleaned", "random removal"):
-        table.add_column(name, justify="right", no_wrap=True)
-
-    def share(value: float | None) -> str:
-        return "" if value is None else f"{value:.1%}"
-
-    console.print(f"\n{summary.samples:,} captioned pictures, {summary.poisoned} poisoned, {summary.removed} removed\n")
-    if summary.poisoned:
-        success = (summary.attack_success_before, summary.attack_success_after, summary.attack_success_random_removal)
-        table.add_row("patched digits taken for bananas", *map(share, success))
-    table.add_row("accuracy on clean digits", share(summary.accuracy_before), share(summary.accuracy_after), "")
-    console.print(table, highlight=False)
-    if summary.poisoned:
-        console.print(
-            f"\nfound among the {summary.removed / summary.samples:.0%} removed: {share(summary.recall_at_0_05)} "
-            f"of the poison (AUROC {summary.auroc:.3f}, average precision {summary.average_precision:.3f})",
-            highlight=False,
-        )
-    else:
-        console.print(
-            "\nNothing was planted, so there is nothing to measure detection by. The highest-scored samples were "
-            "removed as always; that is no finding, and no proof that a corpus is clean."
-        )
-    console.print(f"{summary.elapsed_s:.0f} s; report: {summary.report}; figures: {out}/summary.json", highlight=False)
-
-
-def checked(model: Any, values: dict[str, Any]) -> Any:
-    """Build a settings model from flags.
-
-    Raises:
-        ConfigError: one line that names the flag.
-    """
-    from pydantic import ValidationError
-
-    try:
-        return model(**values)
-    except ValidationError as error:
-        problems = ("--" + ".".join(map(str, p["loc"])) + f": {p['msg']}, got {p['input']!r}" for p in error.errors())
-        raise ConfigError("; ".join(problems)) from None
-
-
-def say(text: str, quiet: bool) -> None:
-    if not quiet:
-        Console().print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def print_result(result: Any, console: Console) -> None:
-    """Say what was done, how fast, and where the results are."""
-    counts = result.counts
-    table = Table(title=None, show_header=False, box=None, pad_edge=False)
-    table.add_row("read", f"{counts['read']:,} samples in {result.elapsed_s:.0f} s")
-    table.add_row("kept", f"{counts['kept']:,}   {result.clean_shards}")
-    table.add_row("removed", f"{counts['removed']:,}   {result.out}/removed")
-    reasons = ", ".join(f"{reason} {n}" for reason, n in counts["errors"].items())
-    table.add_row("errored", f"{counts['errored']:,}   {reasons}")
-    embed_rate = result.passes.get("embed.detect", {}).get("samples_per_s")
-    if embed_rate:
-        table.add_row("embedded at", f"{embed_rate:,.0f} samples/s")
-    if result.report:
-        table.add_row("report", str(result.report))
-    console.print(table, highlight=False)
-
-
 def main() -> None:
     """Run the command line; exit codes are those of `tarsift.operators.errors.EXIT_CODES`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -536,27 +331,11 @@ def main() -> None:
     try:
         app()
     except TarsiftError as error:
-        err.print(f"[bold red]error:[/bold red] {_plain(error)}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]error:[/bold red] {plain(error)}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         err.print("interrupted; run the same command again to go on", highlight=False)
         sys.exit(EXIT_CODES["interrupted"])
-
-
-def _plain(error: BaseException) -> str:
-    """Make an error's text safe for a terminal: it may quote captions or member names."""
-    from rich.markup import escape
-
-    return escape("".join(c if c.isprintable() or c == "\n" else "?" for c in str(error)))
-
-
-def write_json(value: Any, target: Path | None = None) -> None:
-    """Print JSON to stdout, or into a file."""
-    text = json.dumps(value, indent=2)
-    if target is None:
-        sys.stdout.write(text + "\n")
-    else:
-        target.write_text(text + "\n")
 
 
 if __name__ == "__main__":

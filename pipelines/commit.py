@@ -26,7 +26,7 @@ from tarsift.operators.schema import as_table
 from tarsift.operators.shards import Shard
 from tarsift.pipelines.ledger import Ledger
 from tarsift.pipelines.progress import Event, Listener, silent
-from tarsift.pipelines.session import TASK_OPTIONS
+from tarsift.pipelines.session import TASK_OPTIONS, map_tables
 
 RECEIPT_SCHEMA = pa.schema(
     [("shard", pa.string()), ("first", pa.int32()), ("last", pa.int32()), ("part", pa.string()), ("end", pa.string())]
@@ -280,16 +280,9 @@ def _run_wave(
             name = merging.pop(finished[0])
             committed(name, ray.get(finished[0]))
 
-    receipts = rows.map_batches(
-        write_parts,
-        fn_kwargs={"folder": folder},
-        batch_size=None,
-        batch_format="pyarrow",
-        num_cpus=sink_cpus,
-        **TASK_OPTIONS,
-    )
+    receipts = map_tables(rows, write_parts, {"folder": folder}, num_cpus=sink_cpus)
     for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for receipt in batch.to_pylist():
+        for receipt in pa.table(batch).to_pylist():
             name = receipt["shard"]
             if name not in waiting:
                 continue

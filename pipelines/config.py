@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from tarsift.clip_detect.suspicion import SuspicionConfig
 from tarsift.operators import storage
@@ -115,13 +116,28 @@ def load_config(file: str | None = None, settings: Iterable[str] = (), **flags: 
         content = loaded or {}
     for name, value in flags.items():
         if value is not None:
-            _put(content, name.split("__"), value)
-    for text in settings:
+            put_setting(content, name.replace("__", "."), value)
+    for name, value in parse_settings(settings).items():
+        put_setting(content, name, value)
+    return parse_config(content)
+
+
+def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
+    """Read texts `a.b=c`, c as YAML, into dotted names and values.
+
+    Raises:
+        ConfigError: for a text without `=`, or a value that is no YAML.
+    """
+    found = {}
+    for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set takes name=value, got {text!r}; for example --set flag.value=0.02.")
-        _put(content, name.strip().split("."), yaml.safe_load(value))
-    return parse_config(content)
+        try:
+            found[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {name}: {value!r} is no valid YAML value.") from None
+    return found
 
 
 def parse_config(content: Mapping[str, Any]) -> CleanConfig:
@@ -137,37 +153,40 @@ def parse_config(content: Mapping[str, Any]) -> CleanConfig:
         raise ConfigError("; ".join(lines)) from None
 
 
-def _put(content: dict[str, Any], path: list[str], value: Any) -> None:
+def put_setting(content: dict[str, Any], name: str, value: Any) -> None:
+    """Put a value under a dotted name into nested mappings, in place; a mapping is merged with one that is there.
+
+    Raises:
+        ConfigError: if the name goes through a value.
+    """
     at = content
-    for name in path[:-1]:
-        at = at.setdefault(name, {})
+    *groups, last = name.split(".")
+    for group in groups:
+        at = at.setdefault(group, {})
         if not isinstance(at, dict):
-            raise ConfigError(f"{'.'.join(path)}: {name} is a value, not a group of settings.")
-    if isinstance(value, dict) and isinstance(at.get(path[-1]), dict):
-        at[path[-1]] = {**at[path[-1]], **value}
-    else:
-        at[path[-1]] = value
+            raise ConfigError(f"{name}: {group} is a value, not a group of settings.")
+    at[last] = {**at[last], **value} if isinstance(value, dict) and isinstance(at.get(last), dict) else value
 
 
 def _explain(problem: Any) -> str:
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] != "extra_forbidden":
         return f"{path}: {problem['msg']}, got {problem['input']!r}"
-    known = list(setting_names())
+    known = [name for name, _ in all_settings()]
     near = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
     return f"unknown setting {path}" + (f", did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")
 
 
-def setting_names(model: type[BaseModel] = CleanConfig, prefix: str = "") -> Iterable[str]:
-    """Yield the dotted name of every setting."""
+def all_settings(model: type[BaseModel] = CleanConfig, prefix: str = "") -> Iterable[tuple[str, FieldInfo]]:
+    """Yield dotted name and field of every setting."""
     for name, info in model.model_fields.items():
         kind = info.annotation
         if name == "encoders":
-            yield from setting_names(EncoderConfig, "encoders.detect.")
+            yield from all_settings(EncoderConfig, "encoders.detect.")
         elif isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from setting_names(kind, f"{prefix}{name}.")
+            yield from all_settings(kind, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}"
+            yield f"{prefix}{name}", info
 
 
 def refuse_changes(before: Mapping[str, Any], after: Mapping[str, Any], *, out: str) -> None:

@@ -14,18 +14,32 @@ from tarsift.pipelines.config import CleanConfig, ResourcesConfig
 from tarsift.pipelines.ledger import Ledger, fingerprint
 from tarsift.pipelines.progress import Listener, silent
 from tarsift.pipelines.reading import read_pictures, shard_items
-from tarsift.pipelines.session import ACTOR_OPTIONS, TASK_OPTIONS, session
+from tarsift.pipelines.session import ACTOR_OPTIONS, map_tables, session
 
 # Ray fuses a stage into the actors behind it when both ask for the same resources; reading and
 # decoding would then run on the GPU workers. Asking for less than the actors prevents it.
 READ_CPUS = 0.5
 
 
+def gpu_share(resources: ResourcesConfig) -> float:
+    """GPUs of one encoder actor: as asked for, else one where the cluster has any."""
+    if resources.gpus_per_worker is not None:
+        return resources.gpus_per_worker
+    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+
+
+def settled(config: CleanConfig) -> CleanConfig:
+    """Settle what `auto` means for the encoders on this cluster: embeddings depend on it."""
+    gpu = gpu_share(config.resources) > 0
+    encoders = {role: e.settled(gpu=gpu and e.device != "cpu") for role, e in config.encoders.items()}
+    return config.model_copy(update={"encoders": encoders})
+
+
 def encoder_actors(resources: ResourcesConfig) -> dict[str, Any]:
     """Choose pool size and resources of the encoder actors from the cluster and the settings."""
     cluster = ray.cluster_resources()
     gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 1))
-    per_worker = resources.gpus_per_worker if resources.gpus_per_worker is not None else (1.0 if gpus else 0.0)
+    per_worker = gpu_share(resources)
     if resources.workers is not None:
         workers = resources.workers
     elif per_worker:
@@ -52,7 +66,7 @@ def embed_fingerprint(config: CleanConfig, role: str, info: EncoderInfo) -> str:
 def embed_pass(
     shards: Sequence[Shard], out: str, config: CleanConfig, role: str = "detect", *, progress: Listener = silent
 ) -> tuple[PassResult, Ledger, EncoderInfo]:
-    """Embed all shards that are not committed yet under `out`/embeddings/`role`."""
+    """Embed all shards that are not committed yet under `out`/embeddings/`role`; `config` is `settled`."""
     # Loading open_clip takes many seconds, and most commands that import this module do not encode.
     from tarsift.operators.encoder import ClipEncoder, encoder_info
 
@@ -62,13 +76,11 @@ def embed_pass(
     resources = config.resources
 
     def stream(wave: list[Shard]) -> ray.data.Dataset:
-        pictures = shard_items(wave).map_batches(
+        pictures = map_tables(
+            shard_items(wave),
             read_pictures,
-            fn_kwargs={"read": config.read, "images": config.images, "info": info},
-            batch_size=None,
-            batch_format="pyarrow",
+            {"read": config.read, "images": config.images, "info": info},
             num_cpus=READ_CPUS,
-            **TASK_OPTIONS,
         )
         return pictures.map_batches(
             ClipEncoder,
@@ -95,4 +107,4 @@ def embed(
 ) -> PassResult:
     """Embed shards into `out`/embeddings/`role`, one Parquet file per shard; continue where a run stopped."""
     with session():
-        return embed_pass(list_shards(inputs), out, config, role, progress=progress)[0]
+        return embed_pass(list_shards(inputs), out, settled(config), role, progress=progress)[0]

@@ -22,7 +22,7 @@ from tarsift.pipelines.folding import run_fold
 from tarsift.pipelines.ledger import Ledger
 from tarsift.pipelines.progress import Listener, silent
 from tarsift.pipelines.reading import shard_items, shards_of
-from tarsift.pipelines.session import TASK_OPTIONS
+from tarsift.pipelines.session import map_tables
 
 TIE_KEY = b"tarsift.flag"  # ties are broken by identity; nothing is gained by foreseeing it
 FLAG_FILE_COLUMNS = ("shard", "row", "key", "uid", "flagged", "reasons", "home", "error")
@@ -141,13 +141,8 @@ def flag_pass(
     flag = Flag(config, cutoff=threshold.cutoff, tie_hash=threshold.tie_hash, quarantined=quarantined)
 
     def stream(wave: list[Shard]) -> ray.data.Dataset:
-        return shard_items(wave).map_batches(
-            flag_rows,
-            fn_kwargs={"folder": storage.join(out, "scores"), "flag": flag},
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=1,
-            **TASK_OPTIONS,
+        return map_tables(
+            shard_items(wave), flag_rows, {"folder": storage.join(out, "scores"), "flag": flag}, num_cpus=1
         )
 
     metadata = {

@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from tarsift.operators.regime import encoder_regime
-from tarsift.pipelines.clean import ROLE, open_run
 from tarsift.pipelines.config import CleanConfig
 from tarsift.pipelines.embed import embed_fingerprint
 from tarsift.pipelines.ledger import Ledger
+from tarsift.pipelines.run import ROLE, open_run
 from tarsift.pipelines.score import TRUSTED
+from tarsift.pipelines.text import size
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,6 @@ class Plan:
         return f"{self.shards} shards, {size(self.bytes)}{so_far} -> {self.out}"
 
 
-def size(n: int) -> str:
-    """Write a number of bytes for people."""
-    value = float(n)
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            return f"{value:.0f} {unit}" if unit in ("B", "KB") else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{n} B"
-
-
 def make_plan(inputs: str | Sequence[str], out: str, config: CleanConfig) -> Plan:
     """Plan a run without starting Ray; refuses what the run itself would refuse.
 
@@ -67,12 +58,12 @@ def make_plan(inputs: str | Sequence[str], out: str, config: CleanConfig) -> Pla
     from tarsift.operators.encoder import encoder_info  # seconds to load, and `open_run` may refuse first
 
     run = open_run(inputs, out, config, save=False)
-    info = encoder_info(config.encoders[ROLE].spec)
-    names = [shard.name for shard in run.shards]
-    embedded = Ledger(out, f"embed.{ROLE}", embed_fingerprint(config, ROLE, info)).entries(names)
+    info = encoder_info(run.config.encoders[ROLE].spec)
+    names = run.names
+    embedded = Ledger(out, f"embed.{ROLE}", embed_fingerprint(run.config, ROLE, info)).entries(names)
     passes = [(f"embed.{ROLE}", "read, hash, decode and encode", len(embedded), len(names))]
     for name, what in PASSES:
-        recorded = run.content.get("passes", {}).get(name, {}).get("fingerprint")
+        recorded = run.fingerprint_of(name)
         done = len(Ledger(out, name, recorded).entries(names)) if recorded else 0
         passes.append((name, what, done, len(names)))
     samples = sum(entry["rows"] for entry in embedded.values())
@@ -90,7 +81,7 @@ def make_plan(inputs: str | Sequence[str], out: str, config: CleanConfig) -> Pla
         blind_to=regime.blind_to,
         coverage=TRUSTED if config.reference.path else config.suspicion.coverage_sentence,
         resources=config.resources.model_dump(mode="json", exclude_none=True),
-        config=config.model_dump(mode="json"),
+        config=run.config.model_dump(mode="json"),
     )
 
 

@@ -11,7 +11,7 @@ import ray
 from tarsift.operators.encoder_settings import EncoderInfo
 from tarsift.operators.images import DecodeImages, ImageConfig, hash_images
 from tarsift.operators.shards import ReadConfig, ReadShard, Shard, list_shards
-from tarsift.pipelines.session import TASK_OPTIONS
+from tarsift.pipelines.session import map_tables
 
 
 def read_shards(
@@ -34,9 +34,7 @@ def read_shards(
         ...                     batch_size=256, compute=ray.data.ActorPoolStrategy(1))   # doctest: +SKIP
     """
     config = config or ReadConfig()
-    return shard_items(list_shards(inputs)).map_batches(
-        _read, fn_kwargs={"config": config}, batch_size=None, batch_format="pyarrow", **{**TASK_OPTIONS, **ray_options}
-    )
+    return map_tables(shard_items(list_shards(inputs)), _read, {"config": config}, **ray_options)
 
 
 def shard_items(shards: Sequence[Shard]) -> ray.data.Dataset:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
+from ray.exceptions import RayTaskError
 
 from tarsift.clip_detect.suspicion import (
     DensityRule,
@@ -44,7 +45,7 @@ from tarsift.pipelines.folding import run_fold
 from tarsift.pipelines.ledger import Ledger, fingerprint
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.reading import shard_items, shards_of
-from tarsift.pipelines.session import ACTOR_OPTIONS, TASK_OPTIONS
+from tarsift.pipelines.session import ACTOR_OPTIONS, TASK_OPTIONS, map_tables
 
 # A partition of the duplicate count holds about this many distinct images in memory.
 IMAGES_PER_PARTITION = 4_000_000
@@ -127,10 +128,9 @@ def run_job(fit: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     *arrays, config = arguments
     options = {"backend": config.resources.backend, "threads": config.resources.threads}
     try:
-        return ray.get(
-            ray.remote(num_cpus=1, **TASK_OPTIONS)(fit).remote(*arrays, config.suspicion, **named, **options)
-        )
-    except ray.exceptions.RayTaskError as error:
+        task: Any = ray.remote(num_cpus=1, **TASK_OPTIONS)(fit)
+        return ray.get(task.remote(*arrays, config.suspicion, **named, **options))
+    except RayTaskError as error:
         cause = error.cause if isinstance(error.cause, ValueError) else None
         if cause is None:
             raise
@@ -201,7 +201,8 @@ def _fit_smoothing(
 def save_arrays(url: str, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
     """Save plain arrays and a JSON-able mapping as one npz without pickle."""
     sink = io.BytesIO()
-    np.savez(sink, __about__=np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays)
+    everything: dict[str, Any] = {"__about__": np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays}
+    np.savez(sink, **everything)
     storage.put_bytes(url, sink.getvalue())
 
 
@@ -296,13 +297,8 @@ def scoring_pass(
                 compute=pool,
                 **ACTOR_OPTIONS,
             )
-        return items.map_batches(
-            _score_in_task,
-            fn_kwargs={"scorer": scorer, "arguments": arguments},
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=resources.cpus_per_worker,
-            **TASK_OPTIONS,
+        return map_tables(
+            items, _score_in_task, {"scorer": scorer, "arguments": arguments}, num_cpus=resources.cpus_per_worker
         )
 
     metadata = {"encoder_role": folders.role, "rule": "F2"}
@@ -328,7 +324,7 @@ def score_passes(
     role: str = "detect",
     progress: Listener = silent,
     finished: Any = None,
-) -> tuple[PassResult, dict[str, Any]]:
+) -> dict[str, Any]:
     """Run the four passes, continuing where an earlier run stopped.
 
     Args:
@@ -337,7 +333,7 @@ def score_passes(
         finished: called with (pass name, figures) after each pass.
 
     Returns:
-        The result of the last pass and what is known of the reference.
+        What is known of the reference.
     """
     folders = ScoreFolders(out, role)
     key = dump_key(embedded, config)
@@ -371,7 +367,7 @@ def score_passes(
         folder="scores", progress=progress,
     )  # fmt: skip
     finished("score", result.figures(fingerprint_))
-    return result, about
+    return about
 
 
 def score_location(out: str, role: str, score: str) -> tuple[float, float]:

@@ -6,15 +6,18 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+import pyarrow as pa
 import ray
 
 # Tasks and actors are retried a few times and then fail: with Ray's own defaults (without end)
 # one sample that kills its decoder would be tried for ever.
 TASK_RETRIES = 3
-TASK_OPTIONS = {"max_retries": TASK_RETRIES}
-ACTOR_OPTIONS = {"max_restarts": -1, "max_task_retries": TASK_RETRIES}  # restarts end when a task's retries do
+TASK_OPTIONS: dict[str, Any] = {"max_retries": TASK_RETRIES}
+# Restarts without end, since they end when the retries of a task do.
+ACTOR_OPTIONS: dict[str, Any] = {"max_restarts": -1, "max_task_retries": TASK_RETRIES}
 
 # Texts by which object stores and networks say "try again"; Ray's own list knows only pyarrow's.
 TRANSIENT_ERRORS = (
@@ -32,6 +35,27 @@ TRANSIENT_ERRORS = (
     "Read timeout",
     "Broken pipe",
 )
+
+
+def map_tables(
+    ds: ray.data.Dataset,
+    function: Callable[..., pa.Table | Iterator[pa.Table]],
+    arguments: Mapping[str, Any],
+    **options: Any,
+) -> ray.data.Dataset:
+    """Map a function of one Arrow table over the blocks of a Dataset, each block whole, as tasks.
+
+    Args:
+        arguments: keywords of `function`.
+        options: of `map_batches`, such as `num_cpus`.
+    """
+    return ds.map_batches(
+        function,  # pyright: ignore[reportArgumentType]  # its stubs know no keywords
+        fn_kwargs=dict(arguments),
+        batch_size=None,
+        batch_format="pyarrow",
+        **{**TASK_OPTIONS, **options},
+    )
 
 
 @contextlib.contextmanager

@@ -103,7 +103,7 @@ def write_lists(shards: Sequence[str], out: str) -> int:
             for table in source(shard):
                 if "home" not in table.column_names:
                     continue
-                clean = table.filter(pc.equal(table["home"], "clean")).select(KEEP_SCHEMA.names)
+                clean = table.filter(pc.field("home") == "clean").select(KEEP_SCHEMA.names)
                 kept += len(clean)
                 writer.write_table(clean.cast(KEEP_SCHEMA))
         writer.close()

@@ -18,6 +18,7 @@ from tarsift.pipelines import clean as recipe
 from tarsift.pipelines.clean import clean
 from tarsift.pipelines.config import load_config
 from tarsift.pipelines.reading import read_shards
+from tarsift.pipelines.run import reopen_run
 from tarsift.pipelines.score import dump_key
 
 SMALL = ["suspicion.published_ks=[8, 16]", "suspicion.reference_size=128"]
@@ -85,8 +86,7 @@ def test_keep_list_agrees_with_the_clean_shards(result):
 
 
 def test_passes_over_stored_rows_equal_the_array_function_bit_for_bit(result, dump):
-    run = recipe.reopen_run(result.out)
-    recipe.load_embedded(run)
+    run = reopen_run(result.out)
     key = dump_key(run.embedded, run.config)
     rows = table(result, "embeddings/detect")
     embeddings, valid = matrix(rows["image_embedding"])
@@ -108,7 +108,7 @@ def test_the_same_command_again_does_nothing_again(result, dump, encoder):
 def test_a_pass_called_by_name_does_not_repeat_what_clean_did(result):
     out = out_of(result)
     before = {p: p.stat().st_mtime_ns for p in (out / "ledger").rglob("*.json")}
-    recipe.score_step(recipe.reopen_run(str(out)))
+    recipe.score_step(reopen_run(str(out)))
     assert before == {p: p.stat().st_mtime_ns for p in (out / "ledger").rglob("*.json")}
 
 
@@ -144,14 +144,14 @@ def test_another_threshold_needs_no_encoding_and_marks_later_passes(ray_session,
     out = tmp_path / "o"
     clean(str(dump), str(out), config=settings(encoder))
     embedded = {p: p.stat().st_mtime_ns for p in (out / "embeddings").rglob("*.parquet")}
-    run = recipe.reopen_run(str(out), {"flag.value": 0.1})
+    run = reopen_run(str(out), {"flag.value": 0.1})
     recipe.flag_step(run)
     assert run.content["counts"]["removed"] == 40
-    assert recipe.stale_passes(run) == ["write"]
+    assert run.stale_passes() == ["write"]
     recipe.write_step(run)
-    assert recipe.stale_passes(run) == []
+    assert run.stale_passes() == []
     assert len(pq.read_table(out / "keep.parquet")) == 400 - 40 - 2
-    run = recipe.reopen_run(str(out), {"flag.policy": "z", "flag.value": 2.0})
+    run = reopen_run(str(out), {"flag.policy": "z", "flag.value": 2.0})
     recipe.flag_step(run)
     flags, scores = (
         pa.concat_tables(pq.read_table(p) for p in sorted((out / f).glob("*.parquet"))) for f in ("flags", "scores")
@@ -201,11 +201,11 @@ def test_a_damaged_shard_is_salvaged_quarantined_or_refused(ray_session, dump, e
         k: v for h in ("clean", "removed", "errored") for k, v in members(tmp_path / "o" / h / "00000.tar").items()
     }
     assert (tmp_path / "o" / "errored" / "00001.tail").stat().st_size > 0
-    run = recipe.reopen_run(str(tmp_path / "o"), {"flag.on_bad_shard": "quarantine"})
+    run = reopen_run(str(tmp_path / "o"), {"flag.on_bad_shard": "quarantine"})
     recipe.flag_step(run)
     rows = pq.read_table(tmp_path / "o" / "flags" / "00001.parquet")
     assert set(rows["home"].to_pylist()) == {"errored"}
-    run = recipe.reopen_run(str(tmp_path / "o"), {"flag.on_bad_shard": "fail"})
+    run = reopen_run(str(tmp_path / "o"), {"flag.on_bad_shard": "fail"})
     with pytest.raises(ShardError, match="the first is 00001: truncated"):
         recipe.flag_step(run)
 
@@ -260,8 +260,7 @@ def test_what_workers_run_gives_what_is_stored(result, encoder):
     from tarsift.pipelines import reading, score
     from tarsift.pipelines.flag import flag_rows
 
-    run = recipe.reopen_run(result.out)
-    recipe.load_embedded(run)
+    run = reopen_run(result.out)
     shard: Shard = run.shards[0]
     items = pa.Table.from_pylist([{"name": shard.name, "url": shard.url, "size": shard.size}])
     stored = {
@@ -295,8 +294,7 @@ def test_a_shard_is_split_by_its_flags(result, tmp_path):
     from tarsift.pipelines.write import write_shard
 
     shutil.copytree(out_of(result) / "flags", tmp_path / "flags")
-    run = recipe.reopen_run(result.out)
-    recipe.load_embedded(run)
+    run = reopen_run(result.out)
     shard = run.shards[0]
     entry = write_shard(shard, str(tmp_path), run.embedded[shard.name]["source"]["sha256"])
     assert entry["rows"] == sum(home["samples"] for home in entry["homes"].values()) == 80

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from tarsift.operators.errors import ConfigError
-from tarsift.pipelines import cli
+from tarsift.pipelines import cli, options, printing
 from tarsift.pipelines.progress import Event, PlainLines, RichBars, listener_for, silent
 
 
@@ -100,7 +100,7 @@ def test_hostile_text_in_an_error_cannot_reach_the_terminal(monkeypatch, capsys,
 
 
 def test_verdict_flags_become_settings():
-    settings = cli.verdict_settings(None, 3.5, None, "slof_k16", ["drop", "missing_caption=keep"], "quarantine")
+    settings = options.verdict_settings(None, 3.5, None, "slof_k16", ["drop", "missing_caption=keep"], "quarantine")
     assert settings == {
         "flag.policy": "score",
         "flag.value": 3.5,
@@ -109,7 +109,7 @@ def test_verdict_flags_become_settings():
         "flag.on_bad_shard": "quarantine",
     }
     with pytest.raises(ConfigError):
-        cli.encoder_settings(["detect="])
+        options.encoder_settings(["detect="])
 
 
 def test_a_demo_without_poison_claims_nothing():
@@ -117,7 +117,7 @@ def test_a_demo_without_poison_claims_nothing():
 
     console = Console(record=True, width=120)
     summary = DemoSummary(500, 0, 25, 0.9, 0.89, 10.0, "r.html")
-    cli.print_demo(summary, "o", console)
+    printing.print_demo(summary, "o", console)
     text = console.export_text()
     assert "Nothing was planted" in text
     assert "no finding, and no proof that a corpus is clean" in text
@@ -146,8 +146,6 @@ def test_the_installed_command_answers():
     assert "Main job" in found.stdout
 
 
-def test_json_goes_to_a_file_or_to_stdout(capsys, tmp_path):
-    cli.write_json({"a": 1})
+def test_json_goes_to_stdout(capsys):
+    printing.write_json({"a": 1})
     assert json.loads(capsys.readouterr().out) == {"a": 1}
-    cli.write_json({"a": 1}, tmp_path / "x.json")
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}

@@ -3,7 +3,7 @@
 import pytest
 
 from tarsift.operators.errors import ChangedError, ConfigError
-from tarsift.pipelines.config import CleanConfig, differences, load_config, refuse_changes, setting_names
+from tarsift.pipelines.config import CleanConfig, all_settings, differences, load_config, refuse_changes
 
 
 def test_precedence_is_file_then_flags_then_set(tmp_path):
@@ -58,7 +58,7 @@ def test_changes_are_refused_with_both_values():
 
 
 def test_every_setting_has_a_description():
-    names = list(setting_names())
+    names = [name for name, _ in all_settings()]
     assert "flag.value" in names
     assert "encoders.detect.spec" in names
     assert len(names) == len(set(names))

@@ -14,16 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tarsift.clip_detect.threshold import from_ordered_bits, ordered_bits
 from tarsift.operators.errors import UsageError
 from tarsift.operators.images import ImageConfig
-from tarsift.pipelines.charts import Histogram, columns_svg, histogram_svg, share_svg, short_number, ticks
 from tarsift.pipelines.report import ReportConfig, write_report
-from tarsift.pipelines.report_answers import round_up
-from tarsift.pipelines.report_folds import Overview, Tally, from_orderable, normalise, orderable, quantile, words_of
-from tarsift.pipelines.report_gallery import TABLE_STRIP
-from tarsift.pipelines.report_looks import looks
-from tarsift.pipelines.report_pictures import LARGE, SMALL, thumbnail
-from tarsift.pipelines.report_text import duration, percent, visible
+from tarsift.pipelines.report.answers import round_up
+from tarsift.pipelines.report.charts import Histogram, columns_svg, histogram_svg, share_svg, short_number, ticks
+from tarsift.pipelines.report.folds import Overview, Tally, normalise, quantile, words_of
+from tarsift.pipelines.report.gallery import TABLE_STRIP
+from tarsift.pipelines.report.looks import looks
+from tarsift.pipelines.report.pictures import LARGE, SMALL, thumbnail
+from tarsift.pipelines.text import duration, percent, visible
 from tests.pipelines.results import Sample, campaign, direction, make_result, picture, tables_of
 
 ALLOWED_TAGS = {
@@ -568,17 +569,17 @@ def test_folds_count_what_is_there(joined):
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=50))
-def test_orderable_bits_keep_the_order(values):
+def test_ordered_bits_keep_the_order(values):
     array = np.array(values, np.float32)
-    codes = orderable(array)
-    assert (from_orderable(codes) == array).all()
+    codes = ordered_bits(array)
+    assert (from_ordered_bits(codes) == array).all()
     assert (array[np.argsort(codes, kind="stable")] == np.sort(array)).all()
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.95, 1.0])
 def test_quantiles_come_out_to_one_part_in_128(share):
     values = np.random.default_rng(0).normal(size=20_000).astype(np.float32)
-    coarse = np.bincount(orderable(values) >> np.uint32(16), minlength=1 << 16)
+    coarse = np.bincount(ordered_bits(values) >> np.uint32(16), minlength=1 << 16)
     expected = np.quantile(values, share)
     assert quantile(coarse, share) == pytest.approx(expected, rel=1 / 64, abs=0.01)
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-from jaxtyping import Float32, Int64, UInt32
+from jaxtyping import Float32, Int64
 
 from tarsift.clip_detect.neighbors import unit_norm
+from tarsift.clip_detect.threshold import from_ordered_bits, ordered_bits
 from tarsift.operators.folds import content_hashes
 from tarsift.operators.schema import matrix
 
@@ -30,18 +31,6 @@ _WORD_CHARS = 40
 _CAPTION_CHARS = 2000
 
 
-def orderable(values: Float32[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:
-    """Map float32 to uint32 so that the order stays the same."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
-
-
-def from_orderable(codes: UInt32[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
-    """Undo `orderable`."""
-    codes = np.ascontiguousarray(codes, np.uint32)
-    return np.where(codes >> 31, codes & np.uint32(0x7FFFFFFF), ~codes).astype(np.uint32).view(np.float32)
-
-
 def quantile(coarse: Int64[np.ndarray, " buckets"], share: float) -> float:
     """Return the value below which `share` of the counted values lie, to 1 part in 128."""
     total = int(coarse.sum())
@@ -49,7 +38,7 @@ def quantile(coarse: Int64[np.ndarray, " buckets"], share: float) -> float:
         return 0.0
     at = int(np.searchsorted(np.cumsum(coarse), share * total, side="left").clip(0, len(coarse) - 1))
     middle = (np.uint32(at) << np.uint32(32 - COARSE_BITS)) | np.uint32(1 << (31 - COARSE_BITS))
-    return float(from_orderable(np.array([middle], np.uint32))[0])
+    return float(from_ordered_bits(np.array([middle], np.uint32))[0])
 
 
 def normalise(captions: pa.ChunkedArray | pa.Array) -> pa.Array:
@@ -145,7 +134,7 @@ class Overview:
         new["background"] = [(int(h), shards[i], int(rows[i])) for h, i in zip(hashes, kept, strict=False)]
         for name in self.charts:
             values = numbers(table, name)[judged]
-            codes = orderable(values[np.isfinite(values)]) >> np.uint32(32 - COARSE_BITS)
+            codes = ordered_bits(values[np.isfinite(values)]) >> np.uint32(32 - COARSE_BITS)
             new["coarse"][name] = np.bincount(codes, minlength=1 << COARSE_BITS).astype(np.int64)
         self._add_duplicates(new, table, flagged)
         return self.merge(state, new)

@@ -1,4 +1,4 @@
-"""How the report writes numbers, durations and text that strangers wrote."""
+"""Numbers, durations and text that strangers wrote, as text for people."""
 
 from __future__ import annotations
 

@@ -18,14 +18,14 @@ from markupsafe import Markup
 
 from tarsift.operators import storage
 from tarsift.operators.images import ImageConfig
-from tarsift.pipelines.charts import short_number
 from tarsift.pipelines.ledger import RunFile
 from tarsift.pipelines.progress import Event, Listener, silent
-from tarsift.pipelines.report_data import FOLDS, ReportConfig, collect, shards_of_run
-from tarsift.pipelines.report_gallery import nearest_of_cards, pictures_wanted
-from tarsift.pipelines.report_page import page
-from tarsift.pipelines.report_pictures import make_thumbnails
-from tarsift.pipelines.report_text import count, duration, percent, size, visible
+from tarsift.pipelines.report.charts import short_number
+from tarsift.pipelines.report.data import FOLDS, ReportConfig, collect, shards_of_run
+from tarsift.pipelines.report.gallery import nearest_of_cards, pictures_wanted
+from tarsift.pipelines.report.page import page
+from tarsift.pipelines.report.pictures import make_thumbnails
+from tarsift.pipelines.text import count, duration, percent, size, visible
 
 __all__ = ["ReportConfig", "write_report"]
 

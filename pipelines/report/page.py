@@ -9,12 +9,12 @@ import numpy as np
 import yaml
 
 from tarsift.operators.errors import REASONS, SHARD_PROBLEMS
-from tarsift.pipelines.charts import columns_svg, histogram_svg
-from tarsift.pipelines.report_answers import HONESTY, TELLING_SHARE, answers, group_name
-from tarsift.pipelines.report_data import Evidence, ReportConfig, shards_of_run
-from tarsift.pipelines.report_gallery import Nearest, card_views, group_views
-from tarsift.pipelines.report_pictures import Thumbnails
-from tarsift.pipelines.report_text import command
+from tarsift.pipelines.report.answers import HONESTY, TELLING_SHARE, answers, group_name
+from tarsift.pipelines.report.charts import columns_svg, histogram_svg
+from tarsift.pipelines.report.data import Evidence, ReportConfig, shards_of_run
+from tarsift.pipelines.report.gallery import Nearest, card_views, group_views
+from tarsift.pipelines.report.pictures import Thumbnails
+from tarsift.pipelines.text import command
 
 ROWS_SHOWN = 5
 PROBLEMS_SHOWN = 100

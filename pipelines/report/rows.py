@@ -17,7 +17,7 @@ from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
 from tarsift.operators.schema import matrix
 from tarsift.operators.stored import ReadStored, Stored
-from tarsift.pipelines.report_folds import Overview, Tally, numbers, pc, strings
+from tarsift.pipelines.report.folds import Overview, Tally, numbers, pc, strings
 
 EMBEDDINGS = "embeddings/detect"
 FOLDERS = ("scores", "flags", EMBEDDINGS)

@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tarsift.operators.errors import UsageError
 from tarsift.operators.listing import Shard
-from tarsift.pipelines.charts import Histogram
-from tarsift.pipelines.report_folds import Overview, Tally, quantile
-from tarsift.pipelines.report_groups import KINDS, Group, Kind, find_candidates, rank_groups, reach_levels
-from tarsift.pipelines.report_rows import EMBEDDINGS, Available, Rows, RunReader, what_there_is
+from tarsift.pipelines.report.charts import Histogram
+from tarsift.pipelines.report.folds import Overview, Tally, quantile
+from tarsift.pipelines.report.groups import KINDS, Group, Kind, find_candidates, rank_groups, reach_levels
+from tarsift.pipelines.report.rows import EMBEDDINGS, Available, Rows, RunReader, what_there_is
 
 FOLDS = 2
 FRACTIONS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1)

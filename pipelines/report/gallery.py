@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from tarsift.clip_detect.neighbors import knn
-from tarsift.pipelines.charts import share_svg
-from tarsift.pipelines.report_answers import LETTERS, letter_of, shards_of
-from tarsift.pipelines.report_data import Evidence, ReportConfig
-from tarsift.pipelines.report_groups import KINDS, Group, Kind, captions_of, first_of_each
-from tarsift.pipelines.report_pictures import LARGE, SMALL, Picture, Thumbnails
-from tarsift.pipelines.report_rows import Rows
+from tarsift.pipelines.report.answers import LETTERS, letter_of, shards_of
+from tarsift.pipelines.report.charts import share_svg
+from tarsift.pipelines.report.data import Evidence, ReportConfig
+from tarsift.pipelines.report.groups import KINDS, Group, Kind, captions_of, first_of_each
+from tarsift.pipelines.report.pictures import LARGE, SMALL, Picture, Thumbnails
+from tarsift.pipelines.report.rows import Rows
 
 CARD_SCORES = ("suspicion", "multiscale_slof", "purified_slof", "density", "clip_similarity")
 CAPTIONS_SHOWN = 5

@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32
 
-from tarsift.pipelines.report_folds import normalise, words_of
-from tarsift.pipelines.report_looks import SMALLEST, TIGHT, Look, looks
-from tarsift.pipelines.report_rows import Rows
+from tarsift.pipelines.report.folds import normalise, words_of
+from tarsift.pipelines.report.looks import SMALLEST, TIGHT, Look, looks
+from tarsift.pipelines.report.rows import Rows
 
 Kind = Literal["look", "caption", "word"]
 KINDS: tuple[Kind, ...] = ("look", "word", "caption")

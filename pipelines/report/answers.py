@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from markupsafe import Markup
 
-from tarsift.pipelines.charts import short_number
-from tarsift.pipelines.report_data import Evidence
-from tarsift.pipelines.report_groups import KINDS, Group, Kind
-from tarsift.pipelines.report_text import count, percent, visible
+from tarsift.pipelines.report.charts import short_number
+from tarsift.pipelines.report.data import Evidence
+from tarsift.pipelines.report.groups import KINDS, Group, Kind
+from tarsift.pipelines.text import count, percent, visible
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 

@@ -1,0 +1,96 @@
+"""What commands print when they end: what was done, how fast, where the results are."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def say(text: str, quiet: bool) -> None:
+    if not quiet:
+        Console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_result(result: Any, console: Console) -> None:
+    """Say what was done, how fast, and where the results are."""
+    counts = result.counts
+    table = Table(title=None, show_header=False, box=None, pad_edge=False)
+    table.add_row("read", f"{counts['read']:,} samples in {result.elapsed_s:.0f} s")
+    table.add_row("kept", f"{counts['kept']:,}   {result.clean_shards}")
+    table.add_row("removed", f"{counts['removed']:,}   {result.out}/removed")
+    reasons = ", ".join(f"{reason} {n}" for reason, n in counts["errors"].items())
+    table.add_row("errored", f"{counts['errored']:,}   {reasons}")
+    embed_rate = result.passes.get("embed.detect", {}).get("samples_per_s")
+    if embed_rate:
+        table.add_row("embedded at", f"{embed_rate:,.0f} samples/s")
+    if result.report:
+        table.add_row("report", str(result.report))
+    console.print(table, highlight=False)
+
+
+def print_evaluation(evaluation: Any, console: Console) -> None:
+    """Print how well each score and the verdict did."""
+    console.print(f"{evaluation.poisoned:,} of {evaluation.samples:,} samples are planted. {evaluation.note}")
+    if not evaluation.scores:
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("score")
+    columns = ("auroc", "average_precision", "recall_at_0.01", "recall_at_0.05", "recall_at_0.1", "clean_lost_at_0.05")
+    for name in ("AUROC", "AP", "recall at 1 %", "at 5 %", "at 10 % removed", "clean lost at 5 %"):
+        table.add_column(name, justify="right")
+    for row in evaluation.rows():
+        values = [f"{row[c]:,.0f}" if c.startswith("clean_lost") else f"{row[c]:.3f}" for c in columns]
+        table.add_row(str(row["score"]), *values)
+    console.print(table, highlight=False)
+    if evaluation.flagged:
+        verdict = evaluation.flagged
+        console.print(
+            f"flagged {verdict['flagged']:,}: recall {verdict['recall']:.3f}, precision {verdict['precision']:.3f}, "
+            f"{verdict['clean_lost']:,} clean samples lost",
+            highlight=False,
+        )
+
+
+def print_demo(summary: Any, out: str, console: Console) -> None:
+    """Print what a newcomer should know of a demo."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for name in ("poisoned", "cleaned", "random removal"):
+        table.add_column(name, justify="right", no_wrap=True)
+
+    def share(value: float | None) -> str:
+        return "" if value is None else f"{value:.1%}"
+
+    console.print(f"\n{summary.samples:,} captioned pictures, {summary.poisoned} poisoned, {summary.removed} removed\n")
+    if summary.poisoned:
+        success = (summary.attack_success_before, summary.attack_success_after, summary.attack_success_random_removal)
+        table.add_row("patched digits taken for bananas", *map(share, success))
+    table.add_row("accuracy on clean digits", share(summary.accuracy_before), share(summary.accuracy_after), "")
+    console.print(table, highlight=False)
+    if summary.poisoned:
+        console.print(
+            f"\nfound among the {summary.removed / summary.samples:.0%} removed: {share(summary.recall_at_0_05)} "
+            f"of the poison (AUROC {summary.auroc:.3f}, average precision {summary.average_precision:.3f})",
+            highlight=False,
+        )
+    else:
+        console.print(
+            "\nNothing was planted, so there is nothing to measure detection by. The highest-scored samples were "
+            "removed as always; that is no finding, and no proof that a corpus is clean."
+        )
+    console.print(f"{summary.elapsed_s:.0f} s; report: {summary.report}; figures: {out}/summary.json", highlight=False)
+
+
+def write_json(value: Any) -> None:
+    """Print JSON to stdout."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def plain(error: BaseException) -> str:
+    """Make an error's text safe for a terminal: it may quote captions or member names."""
+    return escape("".join(c if c.isprintable() or c == "\n" else "?" for c in str(error)))

@@ -1,0 +1,231 @@
+"""A result folder being worked on: opened, taken up again, and asked what of it is complete."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from tarsift.operators import storage
+from tarsift.operators.errors import ChangedError, UsageError
+from tarsift.operators.schema import SCHEMA_VERSION
+from tarsift.operators.shards import Shard, list_shards
+from tarsift.pipelines.commit import PassResult
+from tarsift.pipelines.config import CleanConfig, parse_config, put_setting, refuse_changes
+from tarsift.pipelines.ledger import Ledger, RunFile, fingerprint
+from tarsift.pipelines.progress import Listener, silent
+
+ROLE = "detect"
+EMBED = f"embed.{ROLE}"
+PACKAGES = ("ray", "torch", "open_clip_torch", "faiss-cpu", "faiss-gpu", "pyarrow", "numpy", "Pillow", "tarsift")
+
+
+@dataclass
+class Run:
+    """The shards, settings and `run.json` of a result folder."""
+
+    out: str
+    shards: list[Shard]
+    config: CleanConfig
+    file: RunFile
+    progress: Listener = silent
+    _complete: dict[str, tuple[str, dict[str, dict[str, Any]]]] = field(default_factory=dict)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        return self.file.content
+
+    @property
+    def names(self) -> list[str]:
+        return [shard.name for shard in self.shards]
+
+    @property
+    def embedded(self) -> dict[str, dict[str, Any]]:
+        """Ledger entries of the embed pass by shard: its source, what was read from it, and its part.
+
+        Raises:
+            UsageError: if shards are not embedded yet.
+        """
+        return self.complete(EMBED)[1]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every shard, as it was when it was embedded."""
+        return {name: entry["source"]["sha256"] for name, entry in sorted(self.embedded.items())}
+
+    def settle(self, config: CleanConfig) -> None:
+        """Keep settings in which `auto` is settled, for the rest of the run and for those that continue it."""
+        if config != self.config:
+            self.config = config
+            self.content["config"] = config.model_dump(mode="json")
+            self.file.save()
+
+    def fingerprint_of(self, name: str) -> str | None:
+        """Fingerprint under which a pass was last done; None if it never was."""
+        return self.content.get("passes", {}).get(name, {}).get("fingerprint")
+
+    def done(self, result: PassResult, print_: str) -> None:
+        """Keep what a pass has just done, in `run.json` and for the steps that follow."""
+        self._complete[result.name] = print_, result.entries
+        self.file.record_pass(result.name, result.figures(print_))
+
+    def complete(self, name: str) -> tuple[str, dict[str, dict[str, Any]]]:
+        """Return fingerprint and ledger entries of a pass that later ones build on.
+
+        Raises:
+            UsageError: if it is not done for every shard; the message names the command that does it.
+        """
+        print_ = self.fingerprint_of(name)
+        if name in self._complete and self._complete[name][0] == print_:
+            return self._complete[name]
+        entries = Ledger(self.out, name, print_).entries(self.names) if print_ else {}
+        missing = [n for n in self.names if n not in entries]
+        if missing or print_ is None:
+            again = f"tarsift {name} {self.out}" if name != EMBED else "tarsift embed` or `tarsift clean"
+            raise UsageError(
+                f"{len(missing)} of {len(self.shards)} shards of {self.out} have not been through the pass {name} "
+                f"(first: {missing[0] if missing else '-'}): run `{again}` first."
+            )
+        self._complete[name] = print_, entries
+        return print_, entries
+
+    def wanted_fingerprints(self) -> dict[str, str]:
+        """Fingerprint that each later pass must have to agree with the settings and the passes before it."""
+        flag = fingerprint("flag", self.fingerprint_of("score"), self.config.flag.model_dump(mode="json"))
+        write = fingerprint("write", flag, self.config.write.model_dump(mode="json"))
+        return {"flag": flag, "write": write, "report": fingerprint("report", write)}
+
+    def stale_passes(self) -> list[str]:
+        """Passes whose result was made from an earlier state of the passes before them."""
+        wanted = self.wanted_fingerprints()
+        return [n for n in ("flag", "write") if self.fingerprint_of(n) not in (None, wanted[n])]
+
+
+def open_run(
+    inputs: str | Sequence[str], out: str, config: CleanConfig, *, progress: Listener = silent, save: bool = True
+) -> Run:
+    """Start a result folder, or go on with the one that is there; `save=False` leaves it untouched.
+
+    Raises:
+        ChangedError: if `out` was made from other shards or with other settings.
+        UsageError: if no encoder is given or nothing is found.
+    """
+    if ROLE not in config.encoders:
+        raise UsageError(
+            "no encoder: give --encoder detect=MODEL, a CLIP trained on this dump "
+            "(`tarsift pretrain SHARDS --out enc.pt`, then --encoder detect=enc.pt)."
+        )
+    unknown = sorted(set(config.encoders) - {ROLE})
+    if unknown:
+        raise UsageError(f"encoder role {unknown[0]!r} is not used yet; the only role is {ROLE!r}.")
+    out = storage.absolute(out)
+    config = with_absolute_paths(config)
+    shards = list_shards(inputs)
+    listed = [{"name": s.name, "url": s.url, "size": s.size} for s in shards]
+    file = RunFile.load(out)
+    if file is None:
+        file = RunFile(out, _new_content(config, listed))
+        if save:
+            file.save()
+        return Run(out, shards, config, file, progress)
+    refuse_other_inputs(file.content["inputs"], listed, out)
+    before = parse_config(file.content["config"])
+    config = with_choices_of(before, config)
+    refuse_changes(before.result_settings(), config.result_settings(), out=out)
+    file.content["config"] = config.model_dump(mode="json")
+    return Run(out, shards, config, file, progress)
+
+
+def reopen_run(out: str, changes: Mapping[str, Any] | None = None, *, progress: Listener = silent) -> Run:
+    """Take up a result folder to redo one of its passes, with some settings changed.
+
+    Args:
+        changes: dotted setting names to values.
+
+    Raises:
+        UsageError: if `out` is no result folder.
+        ConfigError: for a setting that does not exist or is out of range.
+    """
+    out = storage.absolute(out)
+    file = RunFile.load_or_refuse(out)
+    for name, value in (changes or {}).items():
+        put_setting(file.content["config"], name, value)
+    config = with_absolute_paths(parse_config(file.content["config"]))
+    file.content["config"] = config.model_dump(mode="json")
+    return Run(out, [Shard(**item) for item in file.content["inputs"]], config, file, progress)
+
+
+def with_absolute_paths(config: CleanConfig) -> CleanConfig:
+    """Make local paths in the settings absolute: encoder files and a trusted reference."""
+    encoders = {
+        role: encoder.model_copy(update={"spec": _absolute_spec(encoder.spec)})
+        for role, encoder in config.encoders.items()
+    }
+    reference = config.reference
+    if reference.path is not None:
+        reference = reference.model_copy(update={"path": storage.absolute(reference.path)})
+    return config.model_copy(update={"encoders": encoders, "reference": reference})
+
+
+def _absolute_spec(spec: str) -> str:
+    """Make the file of `FILE` or `ARCHITECTURE:FILE` absolute; other specs are names."""
+    if os.path.exists(spec):
+        return storage.absolute(spec)
+    architecture, colon, file = spec.partition(":")
+    return f"{architecture}:{storage.absolute(file)}" if colon and os.path.exists(file) else spec
+
+
+def with_choices_of(before: CleanConfig, config: CleanConfig) -> CleanConfig:
+    """Keep what a run has chosen for `auto`: continued on another machine, it must not choose again."""
+    encoders = {}
+    for role, encoder in config.encoders.items():
+        chosen = before.encoders.get(role, encoder)
+        precision = chosen.precision if encoder.precision == "auto" else encoder.precision
+        update = {"precision": precision, "micro_batch": encoder.micro_batch or chosen.micro_batch}
+        encoders[role] = encoder.model_copy(update=update)
+    return config.model_copy(update={"encoders": encoders})
+
+
+def _new_content(config: CleanConfig, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "tarsift": version("tarsift"),
+        "schema_version": SCHEMA_VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": config.model_dump(mode="json"),
+        "inputs": inputs,
+        "versions": package_versions(),
+        "passes": {},
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what a result may depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def refuse_other_inputs(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], out: str) -> None:
+    """Compare the shards of a run with those given now, by name and size.
+
+    Raises:
+        ChangedError: naming what was added, is gone or has another size.
+    """
+    old, new = ({item["name"]: item["size"] for item in items} for items in (before, after))
+    other_size = [name for name in sorted(old.keys() & new.keys()) if old[name] != new[name]]
+    parts = [
+        *(f"{name} is gone" for name in sorted(old.keys() - new.keys())),
+        *(f"{name} is new" for name in sorted(new.keys() - old.keys())),
+        *(f"{name} has {new[name]} bytes, had {old[name]}" for name in other_size),
+    ]
+    if parts:
+        shown = "; ".join(parts[:5]) + (f"; and {len(parts) - 5} more" if len(parts) > 5 else "")
+        raise ChangedError(f"{out} was made from other shards: {shown}. Give the same shards, or another --out.")
