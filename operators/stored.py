@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tarsift.operators import storage
-from tarsift.operators.errors import END_OF_SHARD
+from tarsift.operators.errors import END_OF_SHARD, TarsiftError
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class ReadStored:
         sources: what to read; a column that an earlier source has is taken from there.
         batch_rows: rows of a table.
         receipts: end with the row (row = -1) that says how many rows the shard has.
+
+    Raises:
+        TarsiftError: when called, if a file's rows are not in order.
     """
 
     def __init__(self, sources: Sequence[Stored], *, batch_rows: int = 1024, receipts: bool = False):
@@ -54,12 +58,18 @@ class ReadStored:
             yield end_row(schema, shard, rows)
 
     def _batches(self, source: Stored, shard: str) -> Iterator[pa.Table]:
-        with storage.open_read(storage.join(source.folder, f"{shard}.parquet")) as raw:
+        url = storage.join(source.folder, f"{shard}.parquet")
+        rows = 0
+        with storage.open_read(url) as raw:
             file = pq.ParquetFile(raw)
             names = set(file.schema_arrow.names)
             columns = None if source.columns is None else [name for name in source.columns if name in names]
             for batch in file.iter_batches(batch_size=self.batch_rows, columns=columns):
-                yield pa.table(batch)
+                table = pa.table(batch)
+                if "row" in table.column_names and not np.array_equal(table["row"], np.arange(rows, rows + len(table))):
+                    raise TarsiftError(f"{url}: rows are not in order; it was changed after tarsift wrote it.")
+                rows += len(table)
+                yield table
 
 
 def end_row(schema: pa.Schema, shard: str, rows: int) -> pa.Table:

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tarsift.operators.errors import END_OF_SHARD
+from tarsift.operators.errors import END_OF_SHARD, TarsiftError
 from tarsift.operators.stored import ReadStored, Stored
 
 
@@ -55,3 +55,10 @@ def test_passes_of_different_length_are_refused(folder):
     pq.write_table(short, folder / "b" / "part" / "x.parquet")
     with pytest.raises(ValueError, match="shorter"):
         list(ReadStored([Stored(f"{folder}/a"), Stored(f"{folder}/b")], batch_rows=4)("part/x"))
+
+
+def test_rows_out_of_order_are_refused(folder):
+    path = folder / "a" / "part" / "x.parquet"
+    pq.write_table(pq.read_table(path).take([1, 0, *range(2, 10)]), path)
+    with pytest.raises(TarsiftError, match=r"a/part/x\.parquet: rows are not in order"):
+        list(ReadStored([Stored(f"{folder}/a")])("part/x"))

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -17,8 +18,9 @@ from tarsift.operators.schema import matrix
 from tarsift.pipelines import clean as recipe
 from tarsift.pipelines.clean import clean
 from tarsift.pipelines.config import load_config
+from tarsift.pipelines.ledger import RunFile
 from tarsift.pipelines.reading import read_shards
-from tarsift.pipelines.run import reopen_run
+from tarsift.pipelines.run import open_run, reopen_run
 from tarsift.pipelines.score import dump_key
 
 SMALL = ["suspicion.published_ks=[8, 16]", "suspicion.reference_size=128"]
@@ -112,20 +114,52 @@ def test_a_pass_called_by_name_does_not_repeat_what_clean_did(result):
     assert before == {p: p.stat().st_mtime_ns for p in (out / "ledger").rglob("*.json")}
 
 
-@pytest.mark.parametrize(("batch", "workers"), [(32, 2)])
-def test_batch_size_and_workers_change_nothing(result, dump, encoder, tmp_path, batch, workers):
-    other = clean(
-        str(dump),
-        str(tmp_path),
-        config=settings(encoder, f"resources.batch_size={batch}", f"resources.workers={workers}"),
-    )
+def copied(result, folder):
+    """A result folder to work on, as the one that all tests share was after `clean`."""
+    shutil.copytree(result.out, folder)
+    return folder
+
+
+def tables(out, folder: str) -> dict[str, pa.Table]:
+    return {p.name: pq.read_table(p) for p in sorted((out / folder).glob("*.parquet"))}
+
+
+def test_scores_of_stored_embeddings_do_not_depend_on_batches_or_workers(result, tmp_path):
+    out = copied(result, tmp_path / "o")
+    for name in ("reference", "density", "enriched", "score"):
+        shutil.rmtree(out / "ledger" / name)
+    for name in ("density", "reference", "scores"):
+        shutil.rmtree(out / name)
+    recipe.score_step(reopen_run(str(out), {"resources.batch_size": 7, "resources.workers": 2}))
+    assert tables(out, "scores") == tables(out_of(result), "scores")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("batch", "workers"), [(32, 4), (256, 1)])
+def test_batch_size_and_workers_change_nothing_of_the_whole(result, dump, encoder, tmp_path, batch, workers):
+    spread = (f"resources.batch_size={batch}", f"resources.workers={workers}", "resources.cpus_per_worker=0.25")
+    other = clean(str(dump), str(tmp_path), config=settings(encoder, *spread))
     for folder in ("embeddings/detect", "scores", "flags"):
-        for file in sorted((out_of(result) / folder).glob("*.parquet")):
-            assert pq.read_table(file).equals(pq.read_table(tmp_path / folder / file.name)), (folder, file.name)
+        assert tables(tmp_path, folder) == tables(out_of(result), folder)
     for home in ("clean", "removed", "errored"):
         for file in sorted((out_of(result) / home).glob("*.tar")):
             assert file.read_bytes() == (tmp_path / home / file.name).read_bytes()
     assert other.counts == result.counts
+
+
+def test_what_auto_means_is_settled_by_the_first_run(result, dump, encoder, tmp_path):
+    run = json.loads((out_of(result) / "run.json").read_text())
+    assert (run["config"]["encoders"]["detect"]["precision"], run["config"]["encoders"]["detect"]["micro_batch"]) == (
+        "fp32",
+        64,
+    )
+    begun = RunFile(str(tmp_path), {**run, "config": settings(encoder).model_dump(mode="json")})
+    begun.content["config"]["encoders"]["detect"] |= {"precision": "fp16", "micro_batch": 256}  # as on a GPU
+    begun.save()
+    continued = open_run(str(dump), str(tmp_path), settings(encoder)).config.encoders["detect"]
+    assert (continued.precision, continued.micro_batch) == ("fp16", 256)
+    with pytest.raises(ChangedError, match="precision: 'fp16' -> 'fp32'"):
+        open_run(str(dump), str(tmp_path), settings(encoder, "encoders.detect.precision=fp32"))
 
 
 def test_a_changed_input_or_setting_is_refused(result, dump, encoder, tmp_path):
@@ -140,9 +174,8 @@ def test_a_changed_input_or_setting_is_refused(result, dump, encoder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_another_threshold_needs_no_encoding_and_marks_later_passes(ray_session, result, dump, encoder, tmp_path):
-    out = tmp_path / "o"
-    clean(str(dump), str(out), config=settings(encoder))
+def test_another_threshold_needs_no_encoding_and_marks_later_passes(result, tmp_path):
+    out = copied(result, tmp_path / "o")
     embedded = {p: p.stat().st_mtime_ns for p in (out / "embeddings").rglob("*.parquet")}
     run = reopen_run(str(out), {"flag.value": 0.1})
     recipe.flag_step(run)
@@ -227,7 +260,6 @@ def test_notebook_lines(ray_session, dump, encoder):
 
 
 def test_webdataset_and_gnu_tar_read_the_clean_shards(result, tmp_path):
-    import shutil
     import subprocess
 
     import webdataset
@@ -240,16 +272,14 @@ def test_webdataset_and_gnu_tar_read_the_clean_shards(result, tmp_path):
             assert len(listed) == 2 * len(samples)
 
 
-def test_an_untouched_shard_is_identical(ray_session, dump, encoder, tmp_path):
-    shards = tmp_path / "s"
-    shards.mkdir()
-    for name in ("00001.tar", "00002.tar", "00004.tar.gz"):
-        (shards / name).write_bytes((dump / name).read_bytes())
-    clean(str(shards), str(tmp_path / "o"), config=settings(encoder, "flag.value=0"))
-    for name in ("00001", "00002"):
-        assert (tmp_path / "o" / "clean" / f"{name}.tar").read_bytes() == (shards / f"{name}.tar").read_bytes()
-    unzipped = gzip.decompress((shards / "00004.tar.gz").read_bytes())
-    assert (tmp_path / "o" / "clean" / "00004.tar").read_bytes() == unzipped
+def test_an_untouched_shard_is_identical(result, dump, tmp_path):
+    out = copied(result, tmp_path / "o")
+    run = reopen_run(str(out), {"flag.value": 0})
+    recipe.flag_step(run)
+    recipe.write_step(run)
+    for name in ("00001", "00002", "00003"):
+        assert (out / "clean" / f"{name}.tar").read_bytes() == (dump / f"{name}.tar").read_bytes()
+    assert (out / "clean" / "00004.tar").read_bytes() == gzip.decompress((dump / "00004.tar.gz").read_bytes())
 
 
 def test_what_workers_run_gives_what_is_stored(result, encoder):
@@ -289,8 +319,6 @@ def test_what_workers_run_gives_what_is_stored(result, encoder):
 
 
 def test_a_shard_is_split_by_its_flags(result, tmp_path):
-    import shutil
-
     from tarsift.pipelines.write import write_shard
 
     shutil.copytree(out_of(result) / "flags", tmp_path / "flags")

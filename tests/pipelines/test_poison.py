@@ -62,6 +62,7 @@ def test_poison_refuses_before_work_starts(dump, tmp_path):
         poison(str(tmp_path / "in"), out=str(tmp_path / "in"))
 
 
+@pytest.mark.slow
 def test_ray_train_trains_as_one_process_does(ray_session, dump, tmp_path):
     config = PretrainConfig(steps=2, batch_size=32, seed=1)
     events = []
