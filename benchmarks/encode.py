@@ -3,9 +3,10 @@
 Three contenders do the same work on the same shards (read, SHA-256, decode, resize, both towers,
 Parquet): a bare loop in one process, webdataset with a DataLoader, and tarsift's embed pass on
 Ray Data. CPU seconds are user + system of a contender's process and of all below it, Ray's own
-daemons included, looked up in /proc ten times a second. A contender embeds the first `--skip` samples twice and then all
-of them, in one process: the first time shows start-up, the difference of the other two is the
-steady state, in which what every pass starts anew cancels out. Contenders take turns.
+daemons included, looked up in /proc ten times a second. In one process a contender embeds the first
+`--warm` samples, which shows start-up, then the first `--skip` and then all of them: the difference
+of these two is the steady state, in which what every pass starts anew cancels out. Contenders take
+turns.
 
     python benchmarks/encode.py --json benchmarks/results/encode.json
 
@@ -51,8 +52,8 @@ from tarsift.operators.towers import cosines, encode_captions, encode_images, no
 
 MICRO_BATCH, BATCH = 64, 512
 BARS = {"tiny": 0.9, "RN50": 0.97}
-# Samples left out and samples in all, multiples of the micro-batch; RN50 on a CPU takes a fifth of a second for one.
-PLANS = {"tiny": (2_048, 22_528), "RN50": (128, 512)}
+# Samples to warm up with, samples left out, samples in all; RN50 on a CPU takes a fifth of a second for one.
+PLANS = {"tiny": (8_192, 2_048, 43_008), "RN50": (256, 128, 512)}
 WORKERS = 2
 
 
@@ -244,34 +245,43 @@ def _processes() -> Iterator[tuple[int, list[str]]]:
             yield int(entry.name), text[text.rindex(")") + 2 :].split()
 
 
-def run_alone(contender: str, jobs: Sequence[Sequence[str]], spec: str) -> list[Cost]:
-    """Run a contender on one list of shards after the other in this process; the first bears its start-up."""
-    costs = []
-    cpu_s, since = 0.0, time.monotonic()
-    with CpuMeter(os.getpid()) as meter, ExitStack() as stack:
+def run_alone(contender: str, jobs: Sequence[Sequence[str]], spec: str) -> None:
+    """Run a contender on one list of shards after the other in this process; print the samples of each."""
+    with ExitStack() as stack:
         if contender == "tarsift":
             from tarsift.pipelines.session import session
 
             stack.enter_context(session())
         for shards in jobs:
             with tempfile.TemporaryDirectory() as out:
-                samples = CONTENDERS[contender](shards, Path(out), spec)
-            cpu_now, now = meter.seconds(), time.monotonic()
-            costs.append(Cost(cpu_now - cpu_s, now - since, samples))
-            cpu_s, since = cpu_now, now
-    return costs
+                print(SAMPLES, CONTENDERS[contender](shards, Path(out), spec), flush=True)
 
 
 def measure(contender: str, jobs: Sequence[Sequence[str]], spec: str) -> list[Cost]:
-    """Do `run_alone` in a process of its own."""
+    """Do `run_alone` in a process of its own, watched from here; what the watching takes is not counted."""
     request = json.dumps({"contender": contender, "jobs": jobs, "spec": spec})
     command = [sys.executable, str(Path(__file__).resolve()), "--one", request]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return [Cost(*cost) for cost in json.loads(done.stdout.strip().splitlines()[-1])]
+    costs = []
+    cpu_s, since = 0.0, time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, CpuMeter(process.pid) as meter:
+        assert process.stdout
+        for line in process.stdout:
+            if line.startswith(SAMPLES):
+                cpu_now, now = meter.seconds(), time.monotonic()
+                costs.append(Cost(cpu_now - cpu_s, now - since, int(line.split()[1])))
+                cpu_s, since = cpu_now, now
+    if process.returncode:
+        raise RuntimeError(f"{contender} ended with {process.returncode}.")
+    return costs
 
 
-def compare(name: str, folder: Path, *, skip: int, samples: int, side: int, repeats: int) -> Iterator[dict[str, Any]]:
-    """Yield one record per contender and repeat: start-up with the first `skip` samples, and the steady state.
+SAMPLES = "samples:"
+
+
+def compare(
+    name: str, folder: Path, *, warm: int, skip: int, samples: int, side: int, repeats: int
+) -> Iterator[dict[str, Any]]:
+    """Yield one record per contender and repeat: start-up with the first `warm` samples, and the steady state.
 
     Raises:
         RuntimeError: if a contender did not embed every sample.
@@ -282,8 +292,9 @@ def compare(name: str, folder: Path, *, skip: int, samples: int, side: int, repe
     save_checkpoint(spec, build_model(name, seed=0), config=model_config(name), shards={}, steps=0, samples=0, seed=0)
     for repeat in range(repeats):
         for contender in CONTENDERS:
-            first, short, whole = measure(contender, [shards[:2], shards[:2], shards], spec)
-            if (first.samples, short.samples, whole.samples) != (skip, skip, samples):
+            jobs = [shards[: 2 * warm // skip], shards[:2], shards]  # a shard holds half of `skip`
+            first, short, whole = measure(contender, jobs, spec)
+            if (first.samples, short.samples, whole.samples) != (warm, skip, samples):
                 raise RuntimeError(f"{contender} embedded {short.samples} and {whole.samples} of {skip} and {samples}.")
             yield {
                 "encoder": name,
@@ -326,6 +337,7 @@ def hardware() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", action="append", choices=BARS, help="default: all of them")
+    parser.add_argument("--warm", type=int, help="samples to warm up with, a multiple of --skip")
     parser.add_argument("--skip", type=int, help="samples left out of the steady state, an even number")
     parser.add_argument("--samples", type=int, help="samples in all")
     parser.add_argument("--side", type=int, default=256, help="pixels along the side of the JPEGs")
@@ -335,13 +347,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.one:
         one = json.loads(args.one)
-        print(json.dumps(run_alone(one["contender"], one["jobs"], one["spec"])))
+        run_alone(one["contender"], one["jobs"], one["spec"])
         return
     records = []
     for name in args.encoder or BARS:
-        skip, samples = args.skip or PLANS[name][0], args.samples or PLANS[name][1]
+        warm, skip, samples = (
+            given or planned for given, planned in zip((args.warm, args.skip, args.samples), PLANS[name], strict=True)
+        )
+        sizes = {"warm": warm, "skip": skip, "samples": samples, "side": args.side}
         with tempfile.TemporaryDirectory() as folder:
-            for record in compare(name, Path(folder), skip=skip, samples=samples, side=args.side, repeats=args.repeats):
+            for record in compare(name, Path(folder), **sizes, repeats=args.repeats):
                 records.append(record)
                 print(json.dumps(record), flush=True)
     summary = summarise(records)
