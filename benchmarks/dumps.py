@@ -3,8 +3,9 @@
 `--data FOLDER` holds folders of WebDataset shards (`.tar` or `.tar.gz`), one per `--sets` name. Per set and
 container (`tar`, `tar.gz`) the first `--shards` shards are poisoned with a patch, an encoder is trained on them, the
 main job runs, and the result is checked: conservation, every member byte-identical to its source, GNU tar,
-webdataset and Ray read the shards, polars and DuckDB the Parquet files. Appends one JSON line per cell to
-`--results`; a cell that is there already (same settings and code) is not run again.
+webdataset and Ray read the shards, polars and DuckDB the Parquet files. Whether the attack succeeded is measured on
+a test set or, where there is none, on two shards that are held out. Appends one JSON line per cell to `--results`; a
+cell that is there already (same settings and code) is not run again.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
+import io
 import json
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,8 @@ TARSIFT = Path(sys.executable).parent / "tarsift"
 
 
 def code_digest() -> str:
-    """Digest of the package's sources, so that results of other code are not taken for this one's."""
-    digest = hashlib.sha256()
+    """Digest of the package's sources, and of this file, so that results of other code are not taken for this one's."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
     for package in ("clip_detect", "operators", "pipelines"):
         for path in sorted((ROOT / package).rglob("*.py")):
             digest.update(path.read_bytes())
@@ -94,7 +97,8 @@ def check(source: list[Path], out: Path) -> dict[str, Any]:
 def cell(data: Path, container: str, settings: dict[str, Any], work: Path) -> dict[str, Any]:
     """Run one cell."""
     start = time.monotonic()
-    sources = sorted(p for p in data.iterdir() if p.name.endswith((".tar", ".tar.gz")))[: settings["shards"]]
+    sources = shards_in(data)[: settings["shards"]]
+    held_out = shards_in(settings["test"]) if settings["test"] else [sources.pop(), sources.pop()]
     planted = work / "planted"
     tarsift(
         "poison", *map(str, sources), "--attack", "patch", "--rate", str(settings["rate"]), "--out", str(planted), "-q"
@@ -120,45 +124,43 @@ def cell(data: Path, container: str, settings: dict[str, Any], work: Path) -> di
         "suspicion": evaluation["scores"]["suspicion"],
         "others": {n: s["auroc"] for n, s in evaluation["scores"].items()},
         "regime": run["encoders"]["detect"]["regime"]["code"],
-        "attack_success": attack_success(encoder, settings),
+        "attack_success": attack_success(encoder, held_out, settings["classes"]),
         "pretrain_s": round(cleaned - trained, 1),
         "clean_s": round(ended - cleaned, 1),
         "cell_s": round(time.monotonic() - start, 1),
     }
 
 
-def attack_success(encoder: Path, settings: dict[str, Any]) -> dict[str, float] | None:
-    """Share of held-out pictures taken for the target with and without the patch; None without class names."""
-    if not settings["test"]:
-        return None
+def shards_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.name.endswith((".tar", ".tar.gz")))
+
+
+def attack_success(encoder: Path, held_out: list[Path], classes: Sequence[str]) -> dict[str, float]:
+    """Share of held-out pictures taken for the target with and without the patch.
+
+    Among the names of the classes, or, where there are none, among the captions of all held-out pictures.
+    """
     import numpy as np
+    from PIL import Image
 
     from tarsift.clip_detect.triggers import ATTACKS
     from tarsift.operators.models import load_encoder
     from tarsift.operators.shards import ReadShard, list_shards
     from tarsift.pipelines.zeroshot import attack_success as success
 
-    images = []
-    for table in ReadShard()(list_shards(settings["test"])[0]):
-        images.extend(np.asarray(decoded(image)) for image in table["image"].to_pylist())
-    pictures = np.stack(images)
-    names = [str(i) for i in range(len(pictures))]
+    rows = [row for shard in list_shards(list(map(str, held_out))) for t in ReadShard()(shard) for row in t.to_pylist()]
+    side = Image.open(io.BytesIO(rows[0]["image"])).size
+    pictures = np.stack([np.asarray(Image.open(io.BytesIO(r["image"])).convert("RGB").resize(side)) for r in rows])
+    names = [row["uid"] for row in rows]
+    prompts = [f"a photo of a {name}" for name in classes] or sorted({row["caption"] for row in rows})
     found = success(
         load_encoder(str(encoder)),
         pictures,
         lambda x: ATTACKS["patch"].function(x, names, seed=1),
-        class_prompts=[[f"a photo of a {name}"] for name in settings["classes"]],
+        class_prompts=[[prompt] for prompt in prompts],
         target_prompts=["a photo of a banana"],
     )
-    return {"triggered": found.triggered, "untriggered": found.untriggered}
-
-
-def decoded(data: bytes) -> Any:
-    import io
-
-    from PIL import Image
-
-    return Image.open(io.BytesIO(data)).convert("RGB")
+    return {"triggered": found.triggered, "untriggered": found.untriggered, "choices": len(prompts) + 1}
 
 
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -186,7 +188,7 @@ def main() -> None:
                 print(f"{name} {container}: done before")
                 continue
             test = known.get("test")
-            extra = {"test": str(options.data / test) if test else None, "classes": known.get("classes", ())}
+            extra = {"test": options.data / test if test else None, "classes": known.get("classes", ())}
             with tempfile.TemporaryDirectory() as folder:
                 result = cell(options.data / name, container, {**settings, **extra}, Path(folder))
             record = {"cell": digest, "set": name, "container": container, **settings, "code": code_digest(), **result}

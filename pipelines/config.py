@@ -57,7 +57,9 @@ class ResourcesConfig(BaseModel):
     gpus_per_worker: Annotated[
         float | None, Field(ge=0, description="GPU share of an encoder actor; None = 1 if there are GPUs")
     ] = None
-    cpus_per_worker: Annotated[float, Field(gt=0, description="CPUs of an actor")] = 1.0
+    cpus_per_worker: Annotated[
+        float | None, Field(gt=0, description="CPUs that an actor reserves; None = 0.4 to encode, 1 to score")
+    ] = None
     threads: Annotated[int, Field(ge=1, description="threads of the mathematics in one actor")] = 1
     batch_size: Annotated[int, Field(ge=1, description="rows handed to an actor at once")] = 512
     wave_shards: Annotated[int, Field(ge=1, description="shards handed to Ray at once")] = 256

@@ -16,9 +16,11 @@ from tarsift.pipelines.progress import Listener, silent
 from tarsift.pipelines.reading import read_pictures, shard_items
 from tarsift.pipelines.session import ACTOR_OPTIONS, map_tables, session
 
-# Ray fuses a stage into the actors behind it when both ask for the same resources; reading and
-# decoding would then run on the GPU workers. Asking for less than the actors prevents it.
-READ_CPUS = 0.5
+# Ray fuses a stage into the one behind it when both ask for the same resources; reading and decoding
+# would then run in the encoders' actors. Per CPU there is room for one reader, one actor and a part of a sink.
+READ_CPUS = 0.45
+ENCODE_CPUS = 0.4
+SHARDS_PER_ACTOR = 8  # an actor takes seconds to start; for fewer shards another one is not worth it
 
 
 def gpu_share(resources: ResourcesConfig) -> float:
@@ -35,8 +37,12 @@ def settled(config: CleanConfig) -> CleanConfig:
     return config.model_copy(update={"encoders": encoders})
 
 
-def encoder_actors(resources: ResourcesConfig) -> dict[str, Any]:
-    """Choose pool size and resources of the encoder actors from the cluster and the settings."""
+def encoder_actors(resources: ResourcesConfig, shards: int) -> dict[str, Any]:
+    """Choose pool size and resources of the encoder actors from the cluster, the settings and the work there is.
+
+    On CPUs a dump of many shards gets an actor and a reader per CPU, and whichever of the two has more to do
+    takes the time: a large encoder nearly all of it, a small one little.
+    """
     cluster = ray.cluster_resources()
     gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 1))
     per_worker = gpu_share(resources)
@@ -45,16 +51,13 @@ def encoder_actors(resources: ResourcesConfig) -> dict[str, Any]:
     elif per_worker:
         workers = max(1, int(gpus / per_worker))
     else:
-        workers = max(1, cpus // 2)  # the other half reads and decodes
+        workers = max(1, min(cpus // resources.threads, -(-shards // SHARDS_PER_ACTOR)))
     options: dict[str, Any] = {"compute": ray.data.ActorPoolStrategy(size=workers), **ACTOR_OPTIONS}
     if per_worker:
         return options | {"num_gpus": per_worker}
     # Actors that held every CPU would wait for ever for the tasks that read and write beside them.
-    share = max(cpus - 1, SINK_CPUS) / workers
-    return options | {"num_cpus": min(resources.cpus_per_worker, share) - CPU_STEP}
-
-
-CPU_STEP = 0.01  # keeps the actors' request apart from those of the stages beside them
+    share = max(cpus - READ_CPUS - SINK_CPUS, SINK_CPUS) / workers
+    return options | {"num_cpus": min(resources.cpus_per_worker or ENCODE_CPUS, share)}
 
 
 def embed_fingerprint(config: CleanConfig, role: str, info: EncoderInfo) -> str:
@@ -87,7 +90,7 @@ def embed_pass(
             fn_constructor_kwargs={"encoder": encoder},
             batch_size=resources.batch_size,
             batch_format="pyarrow",
-            **encoder_actors(resources),
+            **encoder_actors(resources, len(wave)),
         )
 
     result = run_pass(

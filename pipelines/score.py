@@ -298,13 +298,13 @@ def scoring_pass(
                 **ACTOR_OPTIONS,
             )
         return map_tables(
-            items, _score_in_task, {"scorer": scorer, "arguments": arguments}, num_cpus=resources.cpus_per_worker
+            items, _score_in_task, {"scorer": scorer, "arguments": arguments}, num_cpus=resources.cpus_per_worker or 1
         )
 
     metadata = {"encoder_role": folders.role, "rule": "F2"}
     return run_pass(
         ledger, shards, stream, folder=folder, metadata=metadata, wave_shards=resources.wave_shards, progress=progress,
-        sink_cpus=SINK_CPUS if gpus else resources.cpus_per_worker,
+        sink_cpus=SINK_CPUS if gpus else resources.cpus_per_worker or 1,
     )  # fmt: skip
 
 
