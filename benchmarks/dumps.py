@@ -164,7 +164,7 @@ def attack_success(encoder: Path, held_out: list[Path], classes: Sequence[str]) 
 
 
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-SETS = {"cifar10-train": {"epochs": 6, "test": "cifar10-test", "classes": CIFAR_CLASSES}, "flickr8k": {"epochs": 30}}
+SETS = {"cifar10-train": {"epochs": 6, "test": "cifar10-test", "classes": CIFAR_CLASSES}, "flickr8k": {"epochs": 15}}
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ from tarsift.pipelines.commit import ROW_GROUP_ROWS, parquet_options
 MICRO_BATCH, BATCH = 64, 512
 BARS = {"tiny": 0.9, "RN50": 0.97}
 # Samples to warm up with, samples left out, samples in all; RN50 on a CPU takes a fifth of a second for one.
-PLANS = {"tiny": (8_192, 2_048, 43_008), "RN50": (256, 128, 512)}
+PLANS = {"tiny": (16_384, 2_048, 43_008), "RN50": (256, 128, 512)}
 WORKERS = 2
 
 

@@ -32,7 +32,7 @@ RECEIPT_SCHEMA = pa.schema(
     [("shard", pa.string()), ("first", pa.int32()), ("last", pa.int32()), ("part", pa.string()), ("end", pa.string())]
 )
 ROW_GROUP_ROWS = 4096
-MERGES_AT_ONCE = 4
+CPUS_PER_MERGE = 4  # merges wait for storage too; each at once is one more worker process
 SINK_CPUS = 0.25  # a sink waits for storage more than it computes
 
 
@@ -273,6 +273,7 @@ def _run_wave(
     waiting = {name: Coverage() for name in sources}
     merging: dict[ray.ObjectRef, str] = {}
     merge = ray.remote(num_cpus=0, **TASK_OPTIONS)(_merge_and_tidy)
+    merges_at_once = max(1, int(ray.cluster_resources().get("CPU", 1)) // CPUS_PER_MERGE)
 
     def collect(limit: int) -> None:
         while len(merging) > limit:
@@ -294,7 +295,7 @@ def _run_wave(
             target = storage.join(folder, f"{name}.parquet")
             shard_metadata = {**metadata, "shard": name, "source_sha256": end.get("sha256") or ""}
             merging[merge.remote(folder, name, parts, target, end, shard_metadata)] = name
-            collect(MERGES_AT_ONCE - 1)
+            collect(merges_at_once - 1)
     collect(0)
     if waiting:
         name, coverage = next(iter(waiting.items()))
