@@ -17,20 +17,22 @@ def say(text: str, quiet: bool) -> None:
 
 
 def print_result(result: Any, console: Console) -> None:
-    """Say what was done, how fast, and where the results are."""
+    """Say what was done, how fast, and where the results are; paths are not broken across lines."""
     counts = result.counts
-    table = Table(title=None, show_header=False, box=None, pad_edge=False)
-    table.add_row("read", f"{counts['read']:,} samples in {result.elapsed_s:.0f} s")
-    table.add_row("kept", f"{counts['kept']:,}   {result.clean_shards}")
-    table.add_row("removed", f"{counts['removed']:,}   {result.out}/removed")
     reasons = ", ".join(f"{reason} {n}" for reason, n in counts["errors"].items())
-    table.add_row("errored", f"{counts['errored']:,}   {reasons}")
+    rows = {
+        "read": f"{counts['read']:,} samples in {result.elapsed_s:.0f} s",
+        "kept": f"{counts['kept']:,}   {result.clean_shards}",
+        "removed": f"{counts['removed']:,}   {result.out}/removed",
+        "errored": f"{counts['errored']:,}   {reasons}",
+    }
     embed_rate = result.passes.get("embed.detect", {}).get("samples_per_s")
     if embed_rate:
-        table.add_row("embedded at", f"{embed_rate:,.0f} samples/s")
+        rows["embedded at"] = f"{embed_rate:,.0f} samples/s"
     if result.report:
-        table.add_row("report", str(result.report))
-    console.print(table, highlight=False)
+        rows["report"] = str(result.report)
+    for name, text in rows.items():
+        console.print(f"{name:12} {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_evaluation(evaluation: Any, console: Console) -> None:
@@ -77,13 +79,16 @@ def print_demo(summary: Any, out: str, console: Console) -> None:
             f"\nfound among the {summary.removed / summary.samples:.0%} removed: {share(summary.recall_at_0_05)} "
             f"of the poison (AUROC {summary.auroc:.3f}, average precision {summary.average_precision:.3f})",
             highlight=False,
+            soft_wrap=True,
         )
     else:
         console.print(
             "\nNothing was planted, so there is nothing to measure detection by. The highest-scored samples were "
             "removed as always; that is no finding, and no proof that a corpus is clean."
         )
-    console.print(f"{summary.elapsed_s:.0f} s; report: {summary.report}; figures: {out}/summary.json", highlight=False)
+    # Paths are not broken across lines: they are there to be copied.
+    where = f"{summary.elapsed_s:.0f} s; report: {summary.report}; figures: {out}/summary.json"
+    console.print(where, highlight=False, soft_wrap=True)
 
 
 def write_json(value: Any) -> None:

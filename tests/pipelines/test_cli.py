@@ -115,10 +115,11 @@ def test_verdict_flags_become_settings():
 def test_a_demo_without_poison_claims_nothing():
     from tarsift.pipelines.demo import DemoSummary
 
-    console = Console(record=True, width=120)
-    summary = DemoSummary(500, 0, 25, 0.9, 0.89, 10.0, "r.html")
-    printing.print_demo(summary, "o", console)
-    text = console.export_text()
+    console = Console(record=True, width=80)
+    summary = DemoSummary(500, 0, 25, 0.9, 0.89, 10.0, f"/{'long/' * 10}r.html")
+    printing.print_demo(summary, f"/{'long/' * 10}o", console)
+    text = " ".join(console.export_text().split())
+    assert f"/{'long/' * 10}o/summary.json" in text  # a path is never broken across lines
     assert "Nothing was planted" in text
     assert "no finding, and no proof that a corpus is clean" in text
     assert "banana" not in text
@@ -149,3 +150,16 @@ def test_the_installed_command_answers():
 def test_json_goes_to_stdout(capsys):
     printing.write_json({"a": 1})
     assert json.loads(capsys.readouterr().out) == {"a": 1}
+
+
+def test_paths_in_a_summary_are_never_broken():
+    from tarsift.pipelines.clean import CleanResult
+
+    out = f"/{'long/' * 20}o"
+    counts = {"read": 10, "kept": 8, "removed": 1, "errored": 1, "errors": {"missing_caption": 1}}
+    console = Console(record=True, width=80)
+    printing.print_result(CleanResult(out, counts, {}, f"{out}/report.html", 3.0), console)
+    lines = console.export_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["read", "kept", "removed", "errored", "report"]
+    assert lines[1].split()[-1] == f"{out}/clean"
+    assert "missing_caption 1" in lines[3]
