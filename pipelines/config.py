@@ -118,9 +118,9 @@ def load_config(file: str | None = None, settings: Iterable[str] = (), **flags: 
         content = loaded or {}
     for name, value in flags.items():
         if value is not None:
-            put_setting(content, name.replace("__", "."), value)
+            put_setting(content, name.replace("__", "."), value, merge=True)
     for name, value in parse_settings(settings).items():
-        put_setting(content, name, value)
+        put_setting(content, name, value, merge=True)
     return parse_config(content)
 
 
@@ -155,8 +155,11 @@ def parse_config(content: Mapping[str, Any]) -> CleanConfig:
         raise ConfigError("; ".join(lines)) from None
 
 
-def put_setting(content: dict[str, Any], name: str, value: Any) -> None:
-    """Put a value under a dotted name into nested mappings, in place; a mapping is merged with one that is there.
+def put_setting(content: dict[str, Any], name: str, value: Any, *, merge: bool = False) -> None:
+    """Put a value under a dotted name into nested mappings, in place.
+
+    Args:
+        merge: whether a mapping is merged with one that is there, or replaces it.
 
     Raises:
         ConfigError: if the name goes through a value.
@@ -167,7 +170,8 @@ def put_setting(content: dict[str, Any], name: str, value: Any) -> None:
         at = at.setdefault(group, {})
         if not isinstance(at, dict):
             raise ConfigError(f"{name}: {group} is a value, not a group of settings.")
-    at[last] = {**at[last], **value} if isinstance(value, dict) and isinstance(at.get(last), dict) else value
+    both = merge and isinstance(value, dict) and isinstance(at.get(last), dict)
+    at[last] = {**at[last], **value} if both else value
 
 
 def _explain(problem: Any) -> str:

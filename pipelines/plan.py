@@ -14,7 +14,7 @@ from tarsift.operators.regime import encoder_regime
 from tarsift.pipelines.config import CleanConfig
 from tarsift.pipelines.embed import embed_fingerprint
 from tarsift.pipelines.ledger import Ledger
-from tarsift.pipelines.run import ROLE, open_run
+from tarsift.pipelines.run import EMBED, ROLE, open_run
 from tarsift.pipelines.score import TRUSTED
 from tarsift.pipelines.text import size
 
@@ -60,8 +60,8 @@ def make_plan(inputs: str | Sequence[str], out: str, config: CleanConfig) -> Pla
     run = open_run(inputs, out, config, save=False)
     info = encoder_info(run.config.encoders[ROLE].spec)
     names = run.names
-    embedded = Ledger(out, f"embed.{ROLE}", embed_fingerprint(run.config, ROLE, info)).entries(names)
-    passes = [(f"embed.{ROLE}", "read, hash, decode and encode", len(embedded), len(names))]
+    embedded = Ledger(out, EMBED, embed_fingerprint(run.config, ROLE, info)).entries(names)
+    passes = [(EMBED, "read, hash, decode and encode", len(embedded), len(names))]
     for name, what in PASSES:
         recorded = run.fingerprint_of(name)
         done = len(Ledger(out, name, recorded).entries(names)) if recorded else 0

@@ -72,7 +72,7 @@ def session(num_cpus: int | None = None) -> Iterator[None]:
     if mine:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         address = os.environ.get("RAY_ADDRESS")
-        local = {} if address else _local_options(num_cpus or os.cpu_count() or 1)
+        local = {} if address else _local_options(num_cpus)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     try:
         with _data_context():
@@ -82,10 +82,11 @@ def session(num_cpus: int | None = None) -> Iterator[None]:
             ray.shutdown()
 
 
-def _local_options(num_cpus: int) -> dict[str, Any]:
+def _local_options(num_cpus: int | None) -> dict[str, Any]:
     # Ray ends workers over one per CPU after a second without work, and a new one costs seconds of imports. Stages
     # that ask for a part of a CPU have more workers than that, and come and go.
-    workers = {"num_workers_soft_limit": 2 * num_cpus + 4}
+    workers = {"num_workers_soft_limit": 2 * (num_cpus or os.cpu_count() or 1) + 4}
+    # None is left to Ray, which knows the limits of a container.
     return {"num_cpus": num_cpus, "include_dashboard": False, "_system_config": workers}
 
 

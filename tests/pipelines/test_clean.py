@@ -174,6 +174,16 @@ def test_a_changed_input_or_setting_is_refused(result, dump, encoder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_policy_given_again_replaces_the_one_before(result, tmp_path):
+    out = tmp_path / "o"
+    out.mkdir()
+    shutil.copy(out_of(result) / "run.json", out)
+    first = reopen_run(str(out), {"flag.on_error": {"missing_caption": "keep"}})
+    first.file.save()
+    assert reopen_run(str(out)).config.flag.on_error == {"missing_caption": "keep"}
+    assert reopen_run(str(out), {"flag.on_error": {"all": "drop"}}).config.flag.on_error == {"all": "drop"}
+
+
 def test_another_threshold_needs_no_encoding_and_marks_later_passes(result, tmp_path):
     out = copied(result, tmp_path / "o")
     embedded = {p: p.stat().st_mtime_ns for p in (out / "embeddings").rglob("*.parquet")}
