@@ -1,12 +1,12 @@
 """What the embed pass costs beside a bare loop: samples per CPU-second and per second, side by side.
 
 Four contenders do the same work on the same shards (read, SHA-256, decode, resize, both towers,
-Parquet): a bare loop in one process, two of them side by side (a busy machine's CPU-second does less
-than an idle one's), webdataset with a DataLoader, and tarsift's embed pass on Ray Data with one
-actor. CPU seconds are user + system of a contender's process and of all below it, Ray's own daemons
-included, looked up in /proc ten times a second. In one process a contender embeds the first `--warm`
-samples, which shows start-up, then the first `--skip` and then all of them: the difference of these
-two is the steady state, in which what every pass starts anew cancels out. Contenders take turns.
+Parquet): a bare loop in one process, two of them side by side (a busy machine's CPU-second does
+less than an idle one's), webdataset with a DataLoader, and tarsift's embed pass on Ray Data. CPU
+seconds are user + system of a contender's process and of all below it, Ray's own daemons included,
+looked up in /proc ten times a second. In one process a contender embeds the first `--warm` samples,
+which shows start-up, then the first `--skip` and then all of them: the difference of these two is
+the steady state, in which what every pass starts anew cancels out. Contenders take turns.
 
     python benchmarks/encode.py --json benchmarks/results/encode.json
 
@@ -54,12 +54,24 @@ from tarsift.operators.shards import ReadShard, list_shards
 from tarsift.operators.towers import cosines, encode_captions, encode_images, norms
 from tarsift.pipelines.commit import ROW_GROUP_ROWS, parquet_options
 
-MICRO_BATCH, BATCH = 64, 512
+MICRO_BATCH = 64
 BARS = {"tiny": 0.9, "RN50": 0.97}
-# Samples to warm up with (as many as will be measured: it takes them all to start every worker that Ray will use),
-# samples left out, samples in all; RN50 on a CPU takes a fifth of a second for one.
-PLANS = {"tiny": (43_008, 2_048, 43_008), "RN50": (512, 128, 512)}
 WORKERS = 2
+
+
+class Setup(NamedTuple):
+    """What a contender encodes with; batch and actors are tarsift's alone."""
+
+    spec: str
+    batch: int
+    actors: int
+
+
+# Samples to warm up with (enough to start every worker that Ray will use), samples left out, samples in all; RN50
+# on a CPU takes a fifth of a second for one.
+PLANS = {"tiny": (43_008, 2_048, 43_008), "RN50": (512, 128, 1_024)}
+# Batch and actors: as many as keep two CPUs busy. One actor of `tiny` waits for its readers, RN50 is all the work.
+SIZES = {"tiny": (512, 1), "RN50": (64, 2)}
 
 
 def make_shards(folder: Path, samples: int, *, side: int, per_shard: int, seed: int = 0) -> None:
@@ -134,9 +146,9 @@ class Cost(NamedTuple):
     samples: int
 
 
-def run_bare(shards: Sequence[str], out: Path, spec: str) -> int:
+def run_bare(shards: Sequence[str], out: Path, setup: Setup) -> int:
     """Embed shards in one process and one loop."""
-    encoder = place(spec)
+    encoder = place(setup.spec)
     decode, samples = Decode(encoder), 0
     with strict_pillow(ImageConfig().max_pixels):
         for shard in list_shards(list(shards)):
@@ -154,9 +166,9 @@ def run_bare(shards: Sequence[str], out: Path, spec: str) -> int:
     return samples
 
 
-def run_pair(shards: Sequence[str], out: Path, spec: str) -> int:
+def run_pair(shards: Sequence[str], out: Path, setup: Setup) -> int:
     """Embed shards with two bare loops side by side, each with half of them, in processes that stay."""
-    futures = [pair().submit(run_bare, shards[half::2], out, spec) for half in range(2)]
+    futures = [pair().submit(run_bare, shards[half::2], out, setup) for half in range(2)]
     return sum(future.result() for future in futures)
 
 
@@ -179,9 +191,9 @@ class Prepare:
         return shard, sample["__key__"], caption, hashlib.sha256(image).digest(), len(image), pixels
 
 
-def run_webdataset(shards: Sequence[str], out: Path, spec: str) -> int:
+def run_webdataset(shards: Sequence[str], out: Path, setup: Setup) -> int:
     """Embed shards as webdataset and a DataLoader would have it: workers decode, this process encodes."""
-    encoder = place(spec)
+    encoder = place(setup.spec)
     stream = wds.WebDataset(list(shards), shardshuffle=False).map(Prepare(Decode(encoder))).batched(256)  # pyright: ignore[reportAttributeAccessIssue]
     loader = wds.WebLoader(stream, batch_size=None, num_workers=WORKERS)  # pyright: ignore[reportAttributeAccessIssue]
     tables: dict[str, list[pa.Table]] = {}
@@ -197,18 +209,19 @@ def run_webdataset(shards: Sequence[str], out: Path, spec: str) -> int:
     return samples
 
 
-def run_tarsift(shards: Sequence[str], out: Path, spec: str) -> int:
+def run_tarsift(shards: Sequence[str], out: Path, setup: Setup) -> int:
     """Embed shards with the embed pass on Ray Data, in the session that is there."""
     from tarsift.pipelines.config import CleanConfig, ResourcesConfig
     from tarsift.pipelines.embed import embed
 
-    encoder = EncoderConfig(spec=spec, micro_batch=MICRO_BATCH)
-    config = CleanConfig(encoders={"detect": encoder}, resources=ResourcesConfig(batch_size=BATCH, workers=1))
+    encoder = EncoderConfig(spec=setup.spec, micro_batch=MICRO_BATCH)
+    resources = ResourcesConfig(batch_size=setup.batch, workers=setup.actors)
+    config = CleanConfig(encoders={"detect": encoder}, resources=resources)
     embed(list(shards), str(out), config=config)
     return sum(pq.read_metadata(file).num_rows for file in (out / "embeddings" / "detect").glob("*.parquet"))
 
 
-CONTENDERS: dict[str, Callable[[Sequence[str], Path, str], int]] = {
+CONTENDERS: dict[str, Callable[[Sequence[str], Path, Setup], int]] = {
     "bare": run_bare,
     "pair": run_pair,
     "webdataset": run_webdataset,
@@ -267,7 +280,7 @@ def _processes() -> Iterator[tuple[int, list[str]]]:
             yield int(entry.name), text[text.rindex(")") + 2 :].split()
 
 
-def run_alone(contender: str, jobs: Sequence[Sequence[str]], spec: str) -> None:
+def run_alone(contender: str, jobs: Sequence[Sequence[str]], setup: Setup) -> None:
     """Run a contender on one list of shards after the other in this process; print the samples of each."""
     with ExitStack() as stack:
         if contender == "tarsift":
@@ -276,12 +289,12 @@ def run_alone(contender: str, jobs: Sequence[Sequence[str]], spec: str) -> None:
             stack.enter_context(session())
         for shards in jobs:
             with tempfile.TemporaryDirectory() as out:
-                print(SAMPLES, CONTENDERS[contender](shards, Path(out), spec), flush=True)
+                print(SAMPLES, CONTENDERS[contender](shards, Path(out), setup), flush=True)
 
 
-def measure(contender: str, jobs: Sequence[Sequence[str]], spec: str) -> list[Cost]:
+def measure(contender: str, jobs: Sequence[Sequence[str]], setup: Setup) -> list[Cost]:
     """Do `run_alone` in a process of its own, watched from here; what the watching takes is not counted."""
-    request = json.dumps({"contender": contender, "jobs": jobs, "spec": spec})
+    request = json.dumps({"contender": contender, "jobs": jobs, "setup": setup})
     command = [sys.executable, str(Path(__file__).resolve()), "--one", request]
     costs = []
     cpu_s, since = 0.0, time.monotonic()
@@ -311,11 +324,12 @@ def compare(
     make_shards(folder / "shards", samples, side=side, per_shard=skip // 2)
     shards = sorted(str(path) for path in (folder / "shards").iterdir())
     spec = str(folder / "enc.pt")
+    setup = Setup(spec, *SIZES[name])
     save_checkpoint(spec, build_model(name, seed=0), config=model_config(name), shards={}, steps=0, samples=0, seed=0)
     for repeat in range(repeats):
         for contender in CONTENDERS:
             jobs = [shards[: 2 * warm // skip], shards[:2], shards]  # a shard holds half of `skip`
-            first, short, whole = measure(contender, jobs, spec)
+            first, short, whole = measure(contender, jobs, setup)
             if (first.samples, short.samples, whole.samples) != (warm, skip, samples):
                 raise RuntimeError(f"{contender} embedded {short.samples} and {whole.samples} of {skip} and {samples}.")
             yield {
@@ -370,7 +384,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.one:
         one = json.loads(args.one)
-        run_alone(one["contender"], one["jobs"], one["spec"])
+        run_alone(one["contender"], one["jobs"], Setup(*one["setup"]))
         return
     records = []
     for name in args.encoder or BARS:

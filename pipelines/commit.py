@@ -33,7 +33,7 @@ RECEIPT_SCHEMA = pa.schema(
 )
 ROW_GROUP_ROWS = 4096
 CPUS_PER_MERGE = 4  # merges wait for storage too; each at once is one more worker process
-SINK_CPUS = 0.25  # a sink waits for storage more than it computes
+SINK_CPUS = 0.2  # a sink waits for storage more than it computes
 
 
 def write_parts(batch: pa.Table, *, folder: str, drop: Sequence[str] = ("image", "pixels")) -> pa.Table:

@@ -17,9 +17,10 @@ from tarsift.pipelines.reading import read_pictures, shard_items
 from tarsift.pipelines.session import ACTOR_OPTIONS, map_tables, session
 
 # Ray fuses a stage into the one behind it when both ask for the same resources; reading and decoding
-# would then run in the encoders' actors. Per CPU there is room for one reader, one actor and a part of a sink.
-READ_CPUS = 0.45
-ENCODE_CPUS = 0.4
+# would then run in the encoders' actors. Ray Data keeps a part of the CPUs back for every stage; with these shares
+# (and those of the sink) it still runs a reader per CPU beside an actor per CPU.
+READ_CPUS = 0.5
+ENCODE_CPUS = 0.2
 SHARDS_PER_ACTOR = 8  # an actor takes seconds to start; for fewer shards another one is not worth it
 
 
