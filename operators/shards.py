@@ -94,7 +94,7 @@ class ReadShard:
         self.receipts = receipts
 
     def __call__(self, shard: Shard) -> Iterator[pa.Table]:
-        config, counts = self.config, _Counts()
+        config, counts = self.config, ShardCounts()
         sha256, size = "", 0
         with ExitStack() as stack:
             try:
@@ -105,7 +105,7 @@ class ReadShard:
             else:
                 batch: list[tuple[Any, ...]] = []
                 held = 0
-                for sample in _read_samples(source, config, counts):
+                for sample in read_samples(source, config, counts):
                     batch.append((shard.name, counts.rows, *sample.finish(shard.name, config)))
                     counts.rows += 1
                     held += sample.held()
@@ -169,13 +169,15 @@ def fetch_members(shard: Shard, ranges: Sequence[tuple[int, int]]) -> list[bytes
     return [found[offset, size] for offset, size in ranges]
 
 
-class _Counts:
+class ShardCounts:
+    """What has been read of a shard so far, and what is wrong with it."""
+
     def __init__(self) -> None:
         self.rows = self.members = 0
         self.problems: list[ShardProblem] = []
 
 
-class _Sample:
+class Sample:
     """What has been read of one sample."""
 
     __slots__ = ("caption", "caption_size", "image", "json", "json_size", "key", "offset", "repeats", "size", "state")
@@ -212,6 +214,10 @@ class _Sample:
     def held(self) -> int:
         return len(self.image or b"") + len(self.caption or b"") + len(self.json or b"") + len(self.key)
 
+    def fields(self) -> dict[str, Any]:
+        """Return what its json says; empty where there is none that can be read."""
+        return _parse_json(self.json, self.json_size)[0]
+
     def finish(self, shard: str, config: ReadConfig) -> tuple[Any, ...]:
         """Return the columns after `row`."""
         key = _printable(self.key.encode("utf-8", "surrogateescape"))
@@ -240,11 +246,11 @@ class _Sample:
         return "duplicate_key" if self.repeats else None
 
 
-def _read_samples(source: ShardStream, config: ReadConfig, counts: _Counts) -> Iterator[_Sample]:
-    """Yield the samples of a shard in row order, each when no member of it can follow."""
-    waiting: deque[_Sample] = deque()
+def read_samples(source: ShardStream, config: ReadConfig, counts: ShardCounts) -> Iterator[Sample]:
+    """Yield the samples of a shard in row order, each when no member of it can follow; note damage in `counts`."""
+    waiting: deque[Sample] = deque()
     first = 0  # row of waiting[0]
-    last: _Sample | None = None
+    last: Sample | None = None
     damage = None
     try:
         for placed in scan_members(source.tar, keep=_wanted(config)):
@@ -255,7 +261,7 @@ def _read_samples(source: ShardStream, config: ReadConfig, counts: _Counts) -> I
             if placed.row is None:
                 continue
             if placed.row == first + len(waiting):
-                waiting.append(_Sample(placed.key, placed.repeats))
+                waiting.append(Sample(placed.key, placed.repeats))
             last = waiting[placed.row - first]
             last.add(placed)
     except TarDamage as error:

@@ -44,7 +44,7 @@ from tarsift.pipelines.options import (
     spread_settings,
     verdict_settings,
 )
-from tarsift.pipelines.printing import plain, print_demo, print_evaluation, print_result, say, write_json
+from tarsift.pipelines.printing import plain, print_audit, print_demo, print_evaluation, print_result, say, write_json
 from tarsift.pipelines.progress import Listener, RichBars, listener_for
 
 app = typer.Typer(
@@ -125,6 +125,30 @@ def clean(
         result = recipe.clean(shards, out, config=settings, progress=progress)
     if not quiet:
         print_result(result, console)
+
+
+@app.command(rich_help_panel=MAIN)
+def audit(
+    shards: Shards,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every image too; takes far longer.")] = False,
+    captions: Captions = None,
+    json_: AsJson = False,
+    config: ConfigFile = None,
+    set_: Set = None,
+    quiet: Quiet = False,
+) -> None:
+    """Look at every byte of a dump before a GPU is rented: exit code 0 if it is whole, 4 if not."""
+    from tarsift.pipelines.audit import audit as recipe
+
+    settings = compose(config, set_, {"read.captions": captions})
+    with progress_on(Console(stderr=True), quiet) as progress:
+        found = recipe(shards, decode=decode, read=settings.read, images=settings.images, progress=progress)
+    if json_:
+        write_json(found.to_json())
+    elif not quiet:
+        print_audit(found, Console())
+    if not found.whole:
+        raise typer.Exit(EXIT_CODES["findings"])
 
 
 @app.command(rich_help_panel=PASSES)

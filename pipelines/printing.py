@@ -10,6 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tarsift.pipelines.text import size, visible
+
+SHOWN_SHARDS = 20
+
 
 def say(text: str, quiet: bool) -> None:
     if not quiet:
@@ -33,6 +37,37 @@ def print_result(result: Any, console: Console) -> None:
         rows["report"] = str(result.report)
     for name, text in rows.items():
         console.print(f"{name:12} {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_audit(audit: Any, console: Console) -> None:
+    """Say whether a dump is whole and, where it is not, what is wrong and where."""
+    from tarsift.operators.audit import PROBLEMS
+
+    damaged = [shard for shard in audit.shards if not shard.whole]
+    for shard in damaged[:SHOWN_SHARDS]:
+        for problem in shard.problems:
+            places = ", ".join(visible(place) for place in problem.examples)
+            more = ", ..." if problem.count > len(problem.examples) else ""
+            line = f"{visible(shard.shard)}: {problem.count:,} {problem.problem}  ({places}{more})"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if len(damaged) > SHOWN_SHARDS:
+        console.print(f"... and {len(damaged) - SHOWN_SHARDS:,} more shards; --json names them all", highlight=False)
+    if damaged:
+        table = Table(box=None, pad_edge=False)
+        for title in ("problem", "found", "meaning"):
+            table.add_column(title)
+        for name, count in audit.problems.items():
+            table.add_row(name, f"{count:,}", PROBLEMS[name])
+        console.print(table, highlight=False)
+    rate = audit.bytes / max(audit.elapsed_s, 1e-9)
+    looked = "every image decoded" if audit.decoded else "images not decoded (--decode does)"
+    verdict = f"{len(damaged):,} of {len(audit.shards):,} shards have problems" if damaged else "whole"
+    console.print(
+        f"{verdict}: {len(audit.shards):,} shards, {audit.samples:,} samples, {size(audit.bytes)} in "
+        f"{audit.elapsed_s:.0f} s ({size(int(rate))}/s), {looked}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def print_evaluation(evaluation: Any, console: Console) -> None:

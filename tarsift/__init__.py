@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tarsift.operators.encoder import ClipEncoder
     from tarsift.operators.images import DecodeImages
     from tarsift.operators.shards import ReadShard, list_shards
+    from tarsift.pipelines.audit import audit
     from tarsift.pipelines.clean import clean
     from tarsift.pipelines.config import CleanConfig, load_config
     from tarsift.pipelines.evaluate import evaluate
@@ -30,6 +31,7 @@ _HOMES = {
     "DecodeImages": "operators.images",
     "ReadShard": "operators.shards",
     "list_shards": "operators.shards",
+    "audit": "pipelines.audit",
     "clean": "pipelines.clean",
     "CleanConfig": "pipelines.config",
     "load_config": "pipelines.config",
@@ -45,6 +47,7 @@ __all__ = [
     "ClipEncoder",
     "DecodeImages",
     "ReadShard",
+    "audit",
     "clean",
     "evaluate",
     "list_shards",

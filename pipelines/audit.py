@@ -1,0 +1,189 @@
+"""Is a dump whole? Looks at every byte of it before an encoder, or a GPU, is paid for."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import numpy as np
+import ray
+from pydantic import BaseModel, ConfigDict
+from ray.exceptions import RayError
+
+from tarsift.operators.audit import EXAMPLES, AuditShard, Problem, ShardAudit, shared_uids
+from tarsift.operators.images import ImageConfig
+from tarsift.operators.shards import ReadConfig, Shard, list_shards
+from tarsift.pipelines.progress import Event, Listener, silent
+from tarsift.pipelines.session import TASK_OPTIONS, session
+
+UIDS_PER_PART = 4_000_000  # uids compared at once: some 250 MB of a worker's memory
+
+
+class Audit(BaseModel):
+    """What there is to say of a dump.
+
+    Attributes:
+        decoded: whether images were decoded; without it a damaged image is not noticed.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    shards: tuple[ShardAudit, ...]
+    decoded: bool
+    elapsed_s: float
+
+    @property
+    def whole(self) -> bool:
+        return all(shard.whole for shard in self.shards)
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def problems(self) -> dict[str, int]:
+        """How often each problem was found, the most frequent first."""
+        counts: Counter[str] = Counter()
+        for shard in self.shards:
+            counts.update({problem.problem: problem.count for problem in shard.problems})
+        return dict(counts.most_common())
+
+    def to_json(self) -> dict[str, Any]:
+        totals = {"whole": self.whole, "samples": self.samples, "bytes": self.bytes, "problems": self.problems}
+        return totals | self.model_dump(mode="json")
+
+
+def audit(
+    inputs: str | Sequence[str],
+    *,
+    decode: bool = False,
+    read: ReadConfig | None = None,
+    images: ImageConfig | None = None,
+    progress: Listener = silent,
+) -> Audit:
+    """Look at every byte of a dump, at what img2dataset left beside its shards, and at uids across shards.
+
+    Args:
+        inputs: paths, globs, brace patterns, folders or URLs of `.tar` and `.tar.gz` shards.
+        decode: decode every image as well.
+        read: where captions are, and limits.
+        images: formats and limits of decoding.
+        progress: told after every shard.
+
+    Raises:
+        UsageError: if no shard is found.
+
+    Example:
+        >>> found = audit("cc3m/{00000..00331}.tar", decode=True)  # doctest: +SKIP
+        >>> found.whole, found.problems                            # doctest: +SKIP
+        (False, {'undecodable_image': 12, 'truncated': 1})
+    """
+    start = time.monotonic()
+    shards = list_shards(inputs)
+    look = AuditShard(decode=decode, read=read, images=images, key=secrets.token_bytes(16))
+    with session():
+        audits, uids = _look_at_all(shards, look, progress)
+        names = [shard.name for shard in shards if shard.name in uids]
+        samples = sum(audits[name].samples for name in names)
+        shared = _shared_uids([uids[name] for name in names], samples)
+    for position, problems in shared.items():
+        found = audits[names[position]]
+        audits[found.shard] = found.model_copy(update={"problems": (*found.problems, *problems)})
+    return Audit(
+        shards=tuple(audits[shard.name] for shard in shards), decoded=decode, elapsed_s=time.monotonic() - start
+    )
+
+
+def _look_at_all(
+    shards: Sequence[Shard], look: AuditShard, progress: Listener
+) -> tuple[dict[str, ShardAudit], dict[str, ray.ObjectRef]]:
+    """Audit shards side by side; hashes of uids stay where they were made."""
+    task = ray.remote(num_cpus=1, num_returns=2, **TASK_OPTIONS)(_look_at)
+    look_ref = ray.put(look)
+    waiting = list(reversed(shards))
+    running: dict[ray.ObjectRef, tuple[Shard, ray.ObjectRef]] = {}
+    audits: dict[str, ShardAudit] = {}
+    uids: dict[str, ray.ObjectRef] = {}
+    limit = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
+    samples = 0
+    progress(Event("audit", 0, len(shards)))
+    while waiting or running:
+        while waiting and len(running) < limit:
+            shard = waiting.pop()
+            result, hashes = cast(list[ray.ObjectRef], task.remote(look_ref, shard))
+            running[result] = shard, hashes
+        finished, _ = ray.wait(list(running), num_returns=1)
+        shard, hashes = running.pop(finished[0])
+        try:
+            found = ray.get(finished[0])
+            uids[shard.name] = hashes
+        except RayError as error:
+            found = _died(shard, error)
+        audits[shard.name] = found
+        samples += found.samples
+        progress(Event("audit", len(audits), len(shards), samples))
+    progress(Event("audit", len(audits), len(shards), samples, finished=True))
+    return audits, uids
+
+
+def _look_at(look: AuditShard, shard: Shard) -> tuple[ShardAudit, np.ndarray]:
+    return look(shard)
+
+
+def _died(shard: Shard, error: RayError) -> ShardAudit:
+    told = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    problem = Problem(problem="reader_died", count=1, examples=(told,))
+    return ShardAudit(
+        shard=shard.name, url=shard.url, samples=0, members=0, bytes=shard.size, sha256="", compressed=False,
+        digests_checked=0, problems=(problem,),
+    )  # fmt: skip
+
+
+def _shared_uids(uids: Sequence[ray.ObjectRef], samples: int) -> dict[int, list[Problem]]:
+    """Compare uids across shards, a part of all hashes at a time; return problems by position of the shard."""
+    parts = -(-samples // UIDS_PER_PART)
+    task = ray.remote(num_cpus=1, **TASK_OPTIONS)(_compare_part)
+    found: dict[int, list[Problem]] = {}
+    for part in ray.get([task.remote(list(uids), part, parts) for part in range(parts)]):
+        for position, problems in part.items():
+            found[position] = _added(found.get(position, []), problems)
+    return found
+
+
+def _compare_part(uids: Sequence[ray.ObjectRef], part: int, parts: int) -> dict[int, list[Problem]]:
+    hashes, shards, rows = [], [], []
+    for position, ref in enumerate(uids):
+        values = ray.get(ref)
+        mine = np.flatnonzero((values >> np.uint64(1)) % np.uint64(parts) == part)
+        hashes.append(values[mine])
+        shards.append(np.full(len(mine), position, np.int32))
+        rows.append(mine.astype(np.int32))
+    shard, row = np.concatenate(shards), np.concatenate(rows)
+    found: dict[int, list[Problem]] = {}
+    for name, mask in zip(("repeated_uid", "forged_uid"), shared_uids(np.concatenate(hashes)), strict=True):
+        for position in np.unique(shard[mask]).tolist():
+            where = row[mask & (shard == position)]
+            examples = tuple(f"row {number}" for number in where[:EXAMPLES].tolist())
+            found.setdefault(position, []).append(Problem(problem=name, count=len(where), examples=examples))
+    return found
+
+
+def _added(before: Iterable[Problem], more: Iterable[Problem]) -> list[Problem]:
+    merged = {problem.problem: problem for problem in before}
+    for problem in more:
+        old = merged.get(problem.problem)
+        if old:
+            problem = Problem(
+                problem=old.problem,
+                count=old.count + problem.count,
+                examples=(*old.examples, *problem.examples)[:EXAMPLES],
+            )
+        merged[problem.problem] = problem
+    return list(merged.values())
