@@ -21,8 +21,8 @@ from jaxtyping import Bool, UInt64
 from pydantic import BaseModel, ConfigDict
 
 from tarsift.operators import storage
+from tarsift.operators.decoding import ImageConfig, UnusableImage, decode_image, strict_pillow
 from tarsift.operators.errors import REASONS, SHARD_PROBLEMS
-from tarsift.operators.images import ImageConfig, UnusableImage, decode_image, strict_pillow
 from tarsift.operators.shards import ReadConfig, Sample, Shard, ShardCounts, ShardProblem, read_samples
 from tarsift.operators.streams import open_shard
 

@@ -10,6 +10,8 @@
     ├── ConservationError        read != kept + removed + errored: a defect, never ignored
     ├── ErrorRateError           exit code 3: complete, but more bad samples than allowed
     └── Interrupted              exit code 75: run the same command again
+        ├── BusyError            another run works on the same result folder
+        └── FencedError          another run took over this one's result folder
 """
 
 from __future__ import annotations
@@ -57,11 +59,20 @@ class Interrupted(TarsiftError):
     exit_code = EXIT_CODES["interrupted"]
 
 
+class BusyError(Interrupted):
+    """Another run works on the same result folder; run the same command again when it has ended."""
+
+
+class FencedError(Interrupted):
+    """Another run took over this one's result folder while it did not answer."""
+
+
 # Reason codes of the column `error`. A row has at most one; a reason that leaves no usable
 # image replaces one that does.
 REASONS: dict[str, str] = {
     "missing_image": "no member with an image extension",
     "undecodable_image": "the image member is not a whole image of a supported format",
+    "decoder_died": "the image killed its decoder, or was not decoded within `timeout_s`",
     "image_too_large": "the image member has more bytes than `max_image_bytes`",
     "too_many_pixels": "the image has more pixels than `max_pixels`",
     "missing_caption": "no caption member or json field",

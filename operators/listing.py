@@ -60,14 +60,16 @@ def list_shards(inputs: str | Sequence[str], *, root: str | None = None) -> list
     explicit: list[tuple[fsspec.AbstractFileSystem, str, str]] = []
     for text in map(os.fspath, given):
         for url in _expand_braces(text):
-            fs, path = storage.filesystem(url)
-            if _MAGIC.search(path) and not fs.exists(path):
-                found += _glob(fs, path, text)
-            elif path.lower().endswith(SUFFIXES):
-                explicit.append((fs, path, text))
-            else:
-                found += _folder(fs, path, text)
-    found += _files(explicit, many=len(given) > 1)
+            with storage.reachable(text):
+                fs, path = storage.filesystem(url)
+                if _MAGIC.search(path) and not fs.exists(path):
+                    found += _glob(fs, path, text)
+                elif path.lower().endswith(SUFFIXES):
+                    explicit.append((fs, path, text))
+                else:
+                    found += _folder(fs, path, text)
+    with storage.reachable(given[0]):
+        found += _files(explicit, many=len(given) > 1)
     stores = {type(item.fs): item.given for item in found}
     if len(stores) > 1:
         raise UsageError(

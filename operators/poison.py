@@ -22,8 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tarsift.clip_detect.triggers import ATTACKS, draw
 from tarsift.operators import storage
+from tarsift.operators.decoding import ImageConfig, strict_pillow
 from tarsift.operators.errors import ShardError, UsageError
-from tarsift.operators.images import ImageConfig, strict_pillow
 from tarsift.operators.samples import IMAGE_PARTS, Placed, scan_members
 from tarsift.operators.shards import ReadConfig, ReadShard, Shard, shard_problem
 from tarsift.operators.streams import open_shard

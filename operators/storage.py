@@ -21,7 +21,7 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from tarsift.operators.errors import UsageError
+from tarsift.operators.errors import TarsiftError, UsageError
 
 # The extra of tarsift that brings a protocol's driver; others are named by fsspec itself.
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
@@ -55,6 +55,24 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise UsageError(f"{url!r}: no driver for {protocol}:// is installed; {remedy}") from error
     except ValueError as error:
         raise UsageError(f"{url!r}: {error}; use a path, s3://, gs://, hf://, http(s):// or memory://") from error
+
+
+@contextmanager
+def reachable(url: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what a store or its driver raises in the block into a sentence that says what to do.
+
+    Raises:
+        UsageError: in place of any error but those of tarsift.
+    """
+    try:
+        yield
+    except TarsiftError:
+        raise
+    except Exception as error:  # drivers raise their own, for instance where there are no credentials
+        first = (str(error).splitlines() or [""])[0]
+        told = f"{os.fspath(url)!r} cannot be reached: {type(error).__name__}: {first}"
+        remedy = "" if is_local(os.fspath(url)) else "; check credentials, region and endpoint (`tarsift doctor URL`)"
+        raise UsageError(told + remedy) from error
 
 
 def absolute(url: str) -> str:
@@ -113,6 +131,37 @@ def put_bytes(url: str, data: bytes) -> None:
     """Write a whole file, replacing what was there, so that readers see the old or the new one."""
     with open_write(url) as file:
         file.write(data)
+
+
+def create(url: str, data: bytes) -> bool:
+    """Write a file that is not there yet; of several who try at once one gets True.
+
+    A store that cannot be asked for that is looked at first, which two can do at the same instant.
+    """
+    fs, path = filesystem(url)
+    if isinstance(fs, LocalFileSystem):
+        folder = os.path.dirname(path)
+        os.makedirs(folder, exist_ok=True)
+        beside = os.path.join(folder, f".{secrets.token_hex(8)}.tmp")
+        try:
+            with open(beside, "xb") as file:
+                file.write(data)
+            os.link(beside, path)  # unlike a rename it fails where the name is taken
+        except FileExistsError:
+            return False
+        finally:
+            with suppress(OSError):
+                os.remove(beside)
+        return True
+    try:
+        fs.pipe_file(path, data, mode="create")
+    except FileExistsError:
+        return False
+    except (NotImplementedError, TypeError, ValueError):
+        if exists(url):
+            return False
+        put_bytes(url, data)
+    return True
 
 
 @contextmanager

@@ -52,7 +52,8 @@ class ReadStored:
                         table = table.append_column(other.schema.field(name), other[name])
             rows += len(table)
             empty = table.slice(0, 0) if empty is None else empty
-            yield table
+            if len(table):
+                yield table
         if self.receipts:
             schema = empty.schema if empty is not None else pa.schema([("shard", pa.string()), ("row", pa.int32())])
             yield end_row(schema, shard, rows)
@@ -66,10 +67,14 @@ class ReadStored:
             columns = None if source.columns is None else [name for name in source.columns if name in names]
             for batch in file.iter_batches(batch_size=self.batch_rows, columns=columns):
                 table = pa.table(batch)
+                if not len(table):
+                    continue
                 if "row" in table.column_names and not np.array_equal(table["row"], np.arange(rows, rows + len(table))):
                     raise TarsiftError(f"{url}: rows are not in order; it was changed after tarsift wrote it.")
                 rows += len(table)
                 yield table
+            if not rows:  # nothing but its columns
+                yield file.schema_arrow.remove_metadata().empty_table().select(columns or file.schema_arrow.names)
 
 
 def end_row(schema: pa.Schema, shard: str, rows: int) -> pa.Table:

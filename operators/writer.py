@@ -67,7 +67,7 @@ def split_shard(
     _check_outputs(shard, homes, outputs)
     with ExitStack() as stack:
         archives = {home: _Archive(url, stack) for home, url in outputs.items()}
-        tail = _Archive(_tail_url(outputs["errored"]), stack)
+        tail = _Archive(tail_url(outputs["errored"]), stack)
         split = _Split(archives, tail, homes)
         try:
             source = stack.enter_context(open_shard(shard.url))
@@ -127,12 +127,10 @@ class _Split:
         return problem
 
     def _archive_of(self, placed: Placed) -> _Archive:
+        home = home_of(placed, self._homes)
         if placed.row is None:
             self.strays += 1
-            kind = placed.member.type
-            return self._archives["clean" if kind == "file" or kind in NEVER_IN_SAMPLE else "errored"]
-        home = self._homes[placed.row] if placed.row < len(self._homes) else "errored"
-        if placed.row == self.rows:
+        elif placed.row == self.rows:
             self.rows += 1
             self._archives[home].samples += 1
         return self._archives[home]
@@ -207,7 +205,16 @@ def _from(skip: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
         skip = max(0, skip - len(piece))
 
 
-def _tail_url(errored: str) -> str:
+def home_of(placed: Placed, homes: Sequence[str]) -> str:
+    """Return where a member goes: with its sample, or to `clean` if it is a plain file of none."""
+    if placed.row is None:
+        kind = placed.member.type
+        return "clean" if kind == "file" or kind in NEVER_IN_SAMPLE else "errored"
+    return homes[placed.row] if placed.row < len(homes) else "errored"
+
+
+def tail_url(errored: str) -> str:
+    """Return the URL of what could not be read of a damaged shard, beside its errored samples."""
     return errored.removesuffix(".tar") + ".tail"
 
 

@@ -6,7 +6,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import ray
@@ -14,10 +14,11 @@ from pydantic import BaseModel, ConfigDict
 from ray.exceptions import RayError
 
 from tarsift.operators.audit import EXAMPLES, AuditShard, Problem, ShardAudit, shared_uids
-from tarsift.operators.images import ImageConfig
+from tarsift.operators.decoding import ImageConfig
 from tarsift.operators.shards import ReadConfig, Shard, list_shards
 from tarsift.pipelines.progress import Event, Listener, silent
-from tarsift.pipelines.session import TASK_OPTIONS, session
+from tarsift.pipelines.session import session
+from tarsift.pipelines.tasks import side_by_side
 
 UIDS_PER_PART = 4_000_000  # uids compared at once: some 250 MB of a worker's memory
 
@@ -105,24 +106,14 @@ def _look_at_all(
     shards: Sequence[Shard], look: AuditShard, progress: Listener
 ) -> tuple[dict[str, ShardAudit], dict[str, ray.ObjectRef]]:
     """Audit shards side by side; hashes of uids stay where they were made."""
-    task = ray.remote(num_cpus=1, num_returns=2, **TASK_OPTIONS)(_look_at)
     look_ref = ray.put(look)
-    waiting = list(reversed(shards))
-    running: dict[ray.ObjectRef, tuple[Shard, ray.ObjectRef]] = {}
     audits: dict[str, ShardAudit] = {}
     uids: dict[str, ray.ObjectRef] = {}
-    limit = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
     samples = 0
     progress(Event("audit", 0, len(shards)))
-    while waiting or running:
-        while waiting and len(running) < limit:
-            shard = waiting.pop()
-            result, hashes = cast(list[ray.ObjectRef], task.remote(look_ref, shard))
-            running[result] = shard, hashes
-        finished, _ = ray.wait(list(running), num_returns=1)
-        shard, hashes = running.pop(finished[0])
+    for shard, (result, hashes) in side_by_side(_look_at, ((s, (look_ref, s)) for s in shards), num_returns=2):
         try:
-            found = ray.get(finished[0])
+            found = ray.get(result)
             uids[shard.name] = hashes
         except RayError as error:
             found = _died(shard, error)
@@ -149,10 +140,9 @@ def _died(shard: Shard, error: RayError) -> ShardAudit:
 def _shared_uids(uids: Sequence[ray.ObjectRef], samples: int) -> dict[int, list[Problem]]:
     """Compare uids across shards, a part of all hashes at a time; return problems by position of the shard."""
     parts = -(-samples // UIDS_PER_PART)
-    task = ray.remote(num_cpus=1, **TASK_OPTIONS)(_compare_part)
     found: dict[int, list[Problem]] = {}
-    for part in ray.get([task.remote(list(uids), part, parts) for part in range(parts)]):
-        for position, problems in part.items():
+    for _, (result,) in side_by_side(_compare_part, ((part, (list(uids), part, parts)) for part in range(parts))):
+        for position, problems in ray.get(result).items():
             found[position] = _added(found.get(position, []), problems)
     return found
 

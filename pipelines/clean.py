@@ -25,7 +25,6 @@ from tarsift.pipelines.ledger import fingerprint
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.report import write_report
 from tarsift.pipelines.run import EMBED, ROLE, Run, open_run
-from tarsift.pipelines.session import session
 
 
 @dataclass(frozen=True)
@@ -192,6 +191,7 @@ def clean(
         UsageError: wrong arguments, before any work.
         ChangedError: `out` was made from other shards or with other settings.
         ErrorRateError: complete, but more bad samples than `max_error_rate`.
+        BusyError: another run works on `out`.
 
     Example:
         >>> result = clean("dump/*.tar", "out", encoder="enc.pt")  # doctest: +SKIP
@@ -203,7 +203,7 @@ def clean(
     if encoder is not None:
         config = config.model_copy(update={"encoders": {**config.encoders, ROLE: EncoderConfig(spec=encoder)}})
     run = open_run(inputs, out, config, progress=progress)
-    with session():
+    with run.working():
         embed_step(run)
         score_step(run)
         flag_step(run)

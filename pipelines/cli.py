@@ -44,8 +44,20 @@ from tarsift.pipelines.options import (
     spread_settings,
     verdict_settings,
 )
-from tarsift.pipelines.printing import plain, print_audit, print_demo, print_evaluation, print_result, say, write_json
+from tarsift.pipelines.printing import (
+    plain,
+    print_audit,
+    print_demo,
+    print_evaluation,
+    print_findings,
+    print_proof,
+    print_result,
+    print_status,
+    say,
+    write_json,
+)
 from tarsift.pipelines.progress import Listener, RichBars, listener_for
+from tarsift.pipelines.stopping import stop_on_sigterm
 
 app = typer.Typer(
     name="tarsift",
@@ -151,6 +163,59 @@ def audit(
         raise typer.Exit(EXIT_CODES["findings"])
 
 
+@app.command(rich_help_panel=MAIN)
+def verify(
+    out: OutFolder,
+    shards: Annotated[
+        list[str] | None, typer.Argument(metavar="[SHARDS...]", help="The dump; by default where the run read it.")
+    ] = None,
+    json_: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prove that clean + removed + errored = the dump, byte for byte: exit code 0 if so, 4 if not."""
+    from tarsift.pipelines.verify import verify as recipe
+
+    with progress_on(Console(stderr=True), quiet) as progress:
+        proof = recipe(out, shards, progress=progress)
+    if json_:
+        write_json(proof.to_json())
+    elif not quiet:
+        print_proof(proof, Console())
+    if not proof.holds:
+        raise typer.Exit(EXIT_CODES["findings"])
+
+
+@app.command(rich_help_panel=MAIN)
+def status(out: OutFolder, json_: AsJson = False) -> None:
+    """Say how far a result folder is, and whether a run works on it."""
+    from tarsift.pipelines.status import status as recipe
+
+    found = recipe(out)
+    if json_:
+        write_json(found.model_dump(mode="json"))
+    else:
+        print_status(found, Console())
+
+
+@app.command(rich_help_panel=WORKSHOP)
+def doctor(
+    urls: Annotated[
+        list[str] | None, typer.Argument(metavar="[URLS...]", help="Dumps and result folders to reach.")
+    ] = None,
+    json_: AsJson = False,
+) -> None:
+    """Say what works on this machine, what does not, and what to do: exit code 1 if something is broken."""
+    from tarsift.pipelines.doctor import BROKEN, examine
+
+    findings = examine(urls or ())
+    if json_:
+        write_json([finding.model_dump() for finding in findings])
+    else:
+        print_findings(findings, Console())
+    if any(finding.state == BROKEN for finding in findings):
+        raise typer.Exit(EXIT_CODES["failed"])
+
+
 @app.command(rich_help_panel=PASSES)
 def embed(
     shards: Shards,
@@ -168,13 +233,12 @@ def embed(
     """Read, decode and encode shards into OUT/embeddings."""
     from tarsift.pipelines import clean as recipe
     from tarsift.pipelines.run import open_run
-    from tarsift.pipelines.session import session
 
     flags = encoder_settings(encoder) | spread_settings(workers, gpus_per_worker, threads, batch_size)
     settings = compose(config, set_, {**flags, "read.captions": captions})
     with progress_on(Console(stderr=True), quiet) as progress:
         run = open_run(shards, out, settings, progress=progress)
-        with session():
+        with run.working():
             recipe.embed_step(run)
     figures = run.content["passes"]["embed.detect"]
     say(f"{figures['samples']:,} samples of {figures['shards']} shards embedded in {out}/embeddings/detect", quiet)
@@ -185,12 +249,11 @@ def _redo(out: str, steps: list[str], changes: dict[str, Any], settings: list[st
     from tarsift.pipelines import clean as recipe
     from tarsift.pipelines.config import parse_settings
     from tarsift.pipelines.run import reopen_run
-    from tarsift.pipelines.session import session
 
     changes = {**changes, **parse_settings(settings or ())}
     with progress_on(Console(stderr=True), quiet) as progress:
         run = reopen_run(out, {n: value for n, value in changes.items() if value is not None}, progress=progress)
-        with session():
+        with run.working():
             for step in steps:
                 getattr(recipe, f"{step}_step")(run)
     stale = run.stale_passes()
@@ -351,6 +414,7 @@ def demo(
 def main() -> None:
     """Run the command line; exit codes are those of `tarsift.operators.errors.EXIT_CODES`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    stop_on_sigterm()
     err = Console(stderr=True)
     try:
         app()

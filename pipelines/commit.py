@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+from ray.data.exceptions import ExecutionTimeoutError
 
 from tarsift.operators import storage
 from tarsift.operators.errors import TarsiftError
@@ -27,11 +28,13 @@ from tarsift.operators.shards import Shard
 from tarsift.pipelines.ledger import Ledger
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.session import TASK_OPTIONS, map_tables
+from tarsift.pipelines.stopping import patient
 
 RECEIPT_SCHEMA = pa.schema(
     [("shard", pa.string()), ("first", pa.int32()), ("last", pa.int32()), ("part", pa.string()), ("end", pa.string())]
 )
 ROW_GROUP_ROWS = 4096
+PARTS = ".parts"  # folder below that of a pass; what lies in it of a shard is cleared when that is committed
 CPUS_PER_MERGE = 4  # merges wait for storage too; each at once is one more worker process
 SINK_CPUS = 0.2  # a sink waits for storage more than it computes
 
@@ -46,12 +49,13 @@ def write_parts(batch: pa.Table, *, folder: str, drop: Sequence[str] = ("image",
     table = table.drop_columns([name for name in drop if name in table.column_names])
     receipts = []
     for shard, first, last, rows in runs(table):
-        if first < 0:
-            receipts.append((shard, first, last, "", rows["key"][0].as_py()))
-            continue
-        part = storage.join(folder, ".parts", shard, f"{first:08d}-{last:08d}-{uuid.uuid4().hex[:8]}.arrow")
-        storage.put_bytes(part, ipc_bytes(rows))
-        receipts.append((shard, first, last, part, ""))
+        end, part = rows["key"][0].as_py() if first < 0 else "", ""
+        if end:
+            rows = rows.slice(0, 0)
+        if not end or not json.loads(end)["rows"]:  # the only part of an empty shard tells its columns
+            part = storage.join(folder, PARTS, shard, f"{first:08d}-{last:08d}-{uuid.uuid4().hex[:8]}.arrow")
+            storage.put_bytes(part, ipc_bytes(rows))
+        receipts.append((shard, first, last, part, end))
     columns = list(zip(*receipts, strict=True)) if receipts else [[]] * len(RECEIPT_SCHEMA)
     return pa.table([pa.array(list(c), f.type) for c, f in zip(columns, RECEIPT_SCHEMA, strict=True)], RECEIPT_SCHEMA)
 
@@ -81,9 +85,9 @@ class Coverage:
     end: dict[str, Any] | None = None
 
     def add(self, first: int, last: int, part: str, end: str) -> None:
-        if first < 0:
+        if end:
             self.end = json.loads(end)
-        elif first not in self.parts or self.parts[first][0] < last:
+        if part and (first not in self.parts or self.parts[first][0] < last):
             self.parts[first] = (last, part)
 
     def complete(self) -> list[str] | None:
@@ -99,7 +103,7 @@ class Coverage:
             last, part = self.parts[first]
             if first > covered + 1:
                 return None
-            if last > covered:
+            if last > covered or not self.end["rows"]:
                 chosen.append(part)
                 covered = last
         return chosen if covered == self.end["rows"] - 1 else None
@@ -119,6 +123,8 @@ def merge_parts(parts: Sequence[str], target: str, rows: int, metadata: dict[str
         with pq.ParquetWriter(sink, schema, **parquet_options(schema)) as writer:
             for part in parts:
                 table = _read_part(part)
+                if not len(table):
+                    continue
                 first, last = table["row"][0].as_py(), table["row"][-1].as_py()
                 if first > next_row:
                     raise TarsiftError(f"{target}: row {next_row} is missing; run the same command again.")
@@ -236,6 +242,7 @@ def run_pass(
 
     Raises:
         TarsiftError: if the stream ends and a shard's rows are not all there.
+        KeyboardInterrupt: when asked to stop, after shards whose rows had all arrived were committed.
     """
     start = time.monotonic()
     entries = ledger.entries([s.name for s in shards])
@@ -281,21 +288,34 @@ def _run_wave(
             name = merging.pop(finished[0])
             committed(name, ray.get(finished[0]))
 
+    context = rows.context
     receipts = map_tables(rows, write_parts, {"folder": folder}, num_cpus=sink_cpus)
-    for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for receipt in pa.table(batch).to_pylist():
-            name = receipt["shard"]
-            if name not in waiting:
-                continue
-            waiting[name].add(receipt["first"], receipt["last"], receipt["part"], receipt["end"])
-            parts = waiting[name].complete()
-            if parts is None:
-                continue
-            end = waiting.pop(name).end or {}
-            target = storage.join(folder, f"{name}.parquet")
-            shard_metadata = {**metadata, "shard": name, "source_sha256": end.get("sha256") or ""}
-            merging[merge.remote(folder, name, parts, target, end, shard_metadata)] = name
-            collect(merges_at_once - 1)
+    try:
+        for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for receipt in pa.table(batch).to_pylist():
+                name = receipt["shard"]
+                if name not in waiting:
+                    continue
+                waiting[name].add(receipt["first"], receipt["last"], receipt["part"], receipt["end"])
+                parts = waiting[name].complete()
+                if parts is None:
+                    continue
+                end = waiting.pop(name).end or {}
+                target = storage.join(folder, f"{name}.parquet")
+                shard_metadata = {**metadata, "shard": name, "source_sha256": end.get("sha256") or ""}
+                merging[merge.remote(folder, name, parts, target, end, shard_metadata)] = name
+                collect(merges_at_once - 1)
+    except KeyboardInterrupt:
+        with patient():
+            collect(0)
+        raise
+    except ExecutionTimeoutError as error:
+        running = [line.strip(" -") for line in str(error).splitlines() if line.startswith("  - ")]
+        raise TarsiftError(
+            f"no progress for {context.execution_no_progress_timeout_s:g} s in {'; '.join(running) or 'any stage'}. "
+            "Run the same command again; where a batch may take as long, with a higher "
+            "--set resources.stall_timeout_s=S or a smaller --batch-size."
+        ) from error
     collect(0)
     if waiting:
         name, coverage = next(iter(waiting.items()))
@@ -309,6 +329,6 @@ def _merge_and_tidy(
     folder: str, name: str, parts: list[str], target: str, end: dict[str, Any], metadata: dict[str, str]
 ) -> dict[str, Any]:
     entry = merge_parts(parts, target, end["rows"], metadata)
-    storage.remove_tree(storage.join(folder, ".parts", name))
+    storage.remove_tree(storage.join(folder, PARTS, name))
     source = {key: end[key] for key in ("sha256", "bytes", "problems") if key in end}
     return {**entry, "output": f"{name}.parquet", "source": source}

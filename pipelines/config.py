@@ -15,10 +15,10 @@ from pydantic.fields import FieldInfo
 
 from tarsift.clip_detect.suspicion import SuspicionConfig
 from tarsift.operators import storage
+from tarsift.operators.decoding import ImageConfig
 from tarsift.operators.encoder_settings import EncoderConfig
 from tarsift.operators.errors import ChangedError, ConfigError
 from tarsift.operators.flag import FlagConfig
-from tarsift.operators.images import ImageConfig
 from tarsift.operators.shards import ReadConfig
 
 
@@ -58,11 +58,14 @@ class ResourcesConfig(BaseModel):
         float | None, Field(ge=0, description="GPU share of an encoder actor; None = 1 if there are GPUs")
     ] = None
     cpus_per_worker: Annotated[
-        float | None, Field(gt=0, description="CPUs that an actor reserves; None = 0.4 to encode, 1 to score")
+        float | None, Field(gt=0, description="CPUs that an actor reserves; None = 0.2 to encode, 1 to score")
     ] = None
     threads: Annotated[int, Field(ge=1, description="threads of the mathematics in one actor")] = 1
     batch_size: Annotated[int, Field(ge=1, description="rows handed to an actor at once")] = 512
     wave_shards: Annotated[int, Field(ge=1, description="shards handed to Ray at once")] = 256
+    stall_timeout_s: Annotated[
+        float, Field(gt=0, description="seconds without any progress of a pass after which the run fails")
+    ] = 270.0
     backend: Annotated[str, Field(description="neighbour search: auto, torch, faiss or faiss-gpu")] = "auto"
 
 

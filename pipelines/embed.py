@@ -7,9 +7,10 @@ from typing import Any
 
 import ray
 
+from tarsift.operators import storage
 from tarsift.operators.encoder_settings import EncoderInfo
 from tarsift.operators.shards import Shard, list_shards
-from tarsift.pipelines.commit import SINK_CPUS, PassResult, run_pass
+from tarsift.pipelines.commit import PARTS, SINK_CPUS, PassResult, run_pass
 from tarsift.pipelines.config import CleanConfig, ResourcesConfig
 from tarsift.pipelines.ledger import Ledger, fingerprint
 from tarsift.pipelines.progress import Listener, silent
@@ -79,11 +80,14 @@ def embed_pass(
     ledger = Ledger(out, f"embed.{role}", embed_fingerprint(config, role, info))
     resources = config.resources
 
+    folder = f"embeddings/{role}"
+    marks = storage.join(out, folder, PARTS)
+
     def stream(wave: list[Shard]) -> ray.data.Dataset:
         pictures = map_tables(
             shard_items(wave),
             read_pictures,
-            {"read": config.read, "images": config.images, "info": info},
+            {"read": config.read, "images": config.images, "info": info, "marks": marks},
             num_cpus=READ_CPUS,
         )
         return pictures.map_batches(
@@ -98,7 +102,7 @@ def embed_pass(
         ledger,
         shards,
         stream,
-        folder=f"embeddings/{role}",
+        folder=folder,
         metadata={"encoder": info.name, "weights_sha256": info.weights_sha256},
         wave_shards=resources.wave_shards,
         progress=progress,

@@ -9,10 +9,9 @@ import ray
 
 from tarsift.operators.folds import Fold
 from tarsift.operators.stored import ReadStored, Stored
-from tarsift.pipelines.session import TASK_OPTIONS
+from tarsift.pipelines.tasks import side_by_side
 
 SHARDS_PER_TASK = 8
-TASKS_PER_CPU = 2
 
 
 def run_fold(fold: Fold, shards: Sequence[str], folders: Sequence[str]) -> Any:
@@ -20,17 +19,11 @@ def run_fold(fold: Fold, shards: Sequence[str], folders: Sequence[str]) -> Any:
 
     States are merged on the driver as they come; a fold's state is small by contract.
     """
-    task = ray.remote(num_cpus=1, **TASK_OPTIONS)(_fold_some)
     chunks = [list(shards[i : i + SHARDS_PER_TASK]) for i in range(0, len(shards), SHARDS_PER_TASK)]
-    limit = max(2, int(ray.cluster_resources().get("CPU", 1)) * TASKS_PER_CPU)
     fold_ref = ray.put(fold)
     state = fold.init()
-    running: list[ray.ObjectRef] = []
-    while chunks or running:
-        while chunks and len(running) < limit:
-            running.append(task.remote(fold_ref, chunks.pop(0), list(folders)))
-        finished, running = ray.wait(running, num_returns=1)
-        state = fold.merge(state, ray.get(finished[0]))
+    for _, (result,) in side_by_side(_fold_some, ((i, (fold_ref, c, list(folders))) for i, c in enumerate(chunks))):
+        state = fold.merge(state, ray.get(result))
     return fold.finish(state)
 
 

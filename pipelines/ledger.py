@@ -20,6 +20,7 @@ from typing import Any
 
 from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
+from tarsift.pipelines.lock import fence
 
 _READERS = 16
 
@@ -43,24 +44,32 @@ class Ledger:
         return storage.join(self.out, "ledger", self.name)
 
     def commit(self, shard: str, entry: dict[str, Any]) -> dict[str, Any]:
-        """Put the record that makes this pass's work on `shard` count."""
+        """Put the record that makes this pass's work on `shard` count.
+
+        Raises:
+            FencedError: if another run has taken over the result folder.
+        """
+        fence(self.out)
         record = {"pass": self.name, "shard": shard, "fingerprint": self.fingerprint, **entry}
         storage.put_bytes(storage.join(self.folder, f"{shard}.json"), json.dumps(record, indent=1).encode())
         return record
 
     def entries(self, shards: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
         """Read the records that count, by shard; those of other fingerprints are passed over."""
-        urls = [storage.join(self.folder, name) for name in storage.list_files(self.folder, ".json")]
         wanted = None if shards is None else set(shards)
-        with ThreadPoolExecutor(_READERS) as pool:
-            records = pool.map(_read_record, urls)
         return {
             record["shard"]: record
-            for record in records
-            if record
-            and record.get("fingerprint") == self.fingerprint
-            and (wanted is None or record["shard"] in wanted)
+            for record in records_of(self.out, self.name)
+            if record["fingerprint"] == self.fingerprint and (wanted is None or record["shard"] in wanted)
         }
+
+
+def records_of(out: str, name: str) -> list[dict[str, Any]]:
+    """Read all records of a pass, whatever their fingerprints."""
+    folder = storage.join(out, "ledger", name)
+    urls = [storage.join(folder, file) for file in storage.list_files(folder, ".json")]
+    with ThreadPoolExecutor(_READERS) as pool:
+        return [record for record in pool.map(_read_record, urls) if record]
 
 
 def _read_record(url: str) -> dict[str, Any] | None:
@@ -68,7 +77,7 @@ def _read_record(url: str) -> dict[str, Any] | None:
         record = json.loads(storage.read_bytes(url))
     except (ValueError, FileNotFoundError):
         return None
-    return record if isinstance(record, dict) and "shard" in record else None
+    return record if isinstance(record, dict) and {"shard", "fingerprint"} <= record.keys() else None
 
 
 @dataclass
@@ -77,15 +86,25 @@ class RunFile:
 
     out: str
     content: dict[str, Any] = field(default_factory=dict)
+    stored: bytes = b""  # as it was last read or written here
 
     @classmethod
     def load(cls, out: str) -> RunFile | None:
         """Read OUT/run.json; None where there is none (or only a cut-off one)."""
+        stored = _stored(out)
         try:
-            content = json.loads(storage.read_bytes(storage.join(out, "run.json")))
-        except (ValueError, FileNotFoundError):
+            return cls(out, json.loads(stored), stored)
+        except ValueError:
             return None
-        return cls(out, content)
+
+    @classmethod
+    def begin(cls, out: str, content: dict[str, Any]) -> RunFile:
+        """Make the one of a new result folder, not saved yet."""
+        return cls(out, content, _stored(out))
+
+    def changed(self) -> bool:
+        """Tell whether another run has written it since."""
+        return _stored(self.out) != self.stored
 
     @classmethod
     def load_or_refuse(cls, out: str) -> RunFile:
@@ -102,7 +121,14 @@ class RunFile:
         return run
 
     def save(self) -> None:
-        storage.put_bytes(storage.join(self.out, "run.json"), json.dumps(self.content, indent=1).encode())
+        """Write it whole.
+
+        Raises:
+            FencedError: if another run has taken over the result folder.
+        """
+        fence(self.out)
+        self.stored = json.dumps(self.content, indent=1).encode()
+        storage.put_bytes(storage.join(self.out, "run.json"), self.stored)
 
     def record_pass(self, name: str, figures: dict[str, Any]) -> None:
         """Keep the figures of a pass; what a resumed pass did not do again keeps its earlier time."""
@@ -114,3 +140,10 @@ class RunFile:
             figures["samples_per_s"] = round(figures["samples"] / figures["elapsed_s"], 1)
         passes[name] = figures
         self.save()
+
+
+def _stored(out: str) -> bytes:
+    try:
+        return storage.read_bytes(storage.join(out, "run.json"))
+    except FileNotFoundError:
+        return b""

@@ -24,7 +24,7 @@ from webdataset import filters
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from tarsift.operators import storage
-from tarsift.operators.images import ImageConfig, UnusableImage, decode_image, fit_to_square, strict_pillow
+from tarsift.operators.decoding import ImageConfig, UnusableImage, decode_image, fit_to_square, strict_pillow
 from tarsift.operators.samples import IMAGE_PARTS, split_name
 from tarsift.operators.shards import Shard
 

@@ -57,7 +57,7 @@ def make_plan(inputs: str | Sequence[str], out: str, config: CleanConfig) -> Pla
     """
     from tarsift.operators.encoder import encoder_info  # seconds to load, and `open_run` may refuse first
 
-    run = open_run(inputs, out, config, save=False)
+    run = open_run(inputs, out, config)
     info = encoder_info(run.config.encoders[ROLE].spec)
     names = run.names
     embedded = Ledger(out, EMBED, embed_fingerprint(run.config, ROLE, info)).entries(names)

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tarsift import __version__
 from tarsift.operators import storage
+from tarsift.operators.decoding import ImageConfig
 from tarsift.operators.errors import TarsiftError, UsageError
-from tarsift.operators.images import ImageConfig
 from tarsift.operators.models import (
     build_model,
     build_tokenizer,

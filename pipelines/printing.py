@@ -70,6 +70,61 @@ def print_audit(audit: Any, console: Console) -> None:
     )
 
 
+def print_proof(proof: Any, console: Console) -> None:
+    """Say whether a result holds and, where it does not, what is wrong and where."""
+    from tarsift.operators.verify import FAULTS
+
+    faulty = [(shard.shard, fault) for shard in proof.shards for fault in shard.faults]
+    faulty += [(proof.out, fault) for fault in proof.faults]
+    for name, fault in faulty[:SHOWN_SHARDS]:
+        line = f"{visible(name)}: {fault.fault}  ({visible(fault.detail)})"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if len(faulty) > SHOWN_SHARDS:
+        console.print(f"... and {len(faulty) - SHOWN_SHARDS:,} more; --json names them all", highlight=False)
+    for code in dict.fromkeys(fault.fault for _, fault in faulty):
+        console.print(f"{code}: {FAULTS[code]}", highlight=False, soft_wrap=True)
+    members = ", ".join(f"{home} {count:,}" for home, count in proof.members.items())
+    what = f"{len(proof.shards):,} shards, members {members}" if proof.with_shards else "lists only, no shards written"
+    verdict = f"{len(faulty):,} faults" if faulty else "holds"
+    console.print(f"{verdict}: {what}; {proof.elapsed_s:.0f} s", highlight=False, soft_wrap=True)
+
+
+STATES = {
+    "running": "running",
+    "silent": "no sign of life for a while; if it is dead, run the same command again",
+    "died": "died; run the same command again to go on",
+    "stopped": "stopped; run the same command again to go on",
+    "complete": "complete",
+}
+
+
+def print_status(status: Any, console: Console) -> None:
+    """Say how far a result folder is and what to do."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("pass")
+    for title in ("shards done", "samples"):
+        table.add_column(title, justify="right")
+    for step in status.passes:
+        table.add_row(step.name, f"{step.done:,}/{step.shards:,}", f"{step.samples:,}")
+    console.print(table, highlight=False)
+    by = f" ({status.holder})" if status.holder and status.state != "complete" else ""
+    console.print(f"{STATES[status.state]}{by}", highlight=False, markup=False, soft_wrap=True)
+    if status.stale:
+        console.print(f"out of date: {', '.join(status.stale)}", highlight=False)
+    if status.report:
+        console.print(f"report: {status.report}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_findings(findings: Any, console: Console) -> None:
+    """List what was looked at, with what to do where it is not well."""
+    styles = {"ok": "green", "warning": "yellow", "broken": "bold red"}
+    for finding in findings:
+        state = f"[{styles[finding.state]}]{finding.state:8}[/]"
+        remedy = f"\n         -> {finding.remedy}" if finding.remedy else ""
+        text = escape(f"{visible(finding.name)}: {visible(finding.detail, 600)}{remedy}")
+        console.print(f"{state} {text}", highlight=False, soft_wrap=True)
+
+
 def print_evaluation(evaluation: Any, console: Console) -> None:
     """Print how well each score and the verdict did."""
     console.print(f"{evaluation.poisoned:,} of {evaluation.samples:,} samples are planted. {evaluation.note}")

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import faulthandler
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
 import ray
 
+from tarsift.operators import storage
+from tarsift.operators.decoding import ImageConfig
 from tarsift.operators.encoder_settings import EncoderInfo
-from tarsift.operators.images import DecodeImages, ImageConfig, hash_images
+from tarsift.operators.images import DecodeImages, hash_images
 from tarsift.operators.shards import ReadConfig, ReadShard, Shard, list_shards
 from tarsift.pipelines.session import map_tables
+
+# Marks lie beside the parts, which are cleared when a shard is committed.
+BEGUN = "begun"
+# Far more than any table takes; a table of many huge images is decoded again in a process of its own.
+HANG_S, HANG_S_PER_ROW = 60.0, 0.25
 
 
 def read_shards(
@@ -53,12 +62,37 @@ def _read(items: pa.Table, *, config: ReadConfig) -> Iterator[pa.Table]:
         yield from ReadShard(config)(shard)
 
 
-def read_pictures(items: pa.Table, *, read: ReadConfig, images: ImageConfig, info: EncoderInfo) -> Iterator[pa.Table]:
-    """Read, hash and decode shards to pixels of the encoder's size; each ends with its end-of-shard row."""
-    decode = DecodeImages(
-        info.image_size, interpolation=info.interpolation, resize_mode=info.resize_mode, config=images
-    )
+def read_pictures(
+    items: pa.Table, *, read: ReadConfig, images: ImageConfig, info: EncoderInfo, marks: str
+) -> Iterator[pa.Table]:
+    """Read, hash and decode shards to pixels of the encoder's size; each ends with its end-of-shard row.
+
+    A shard is marked as begun. Where the mark is there already, an earlier attempt died, perhaps of an image, and
+    images are decoded in a process of their own.
+
+    Args:
+        marks: folder of the marks; whoever commits a shard clears it.
+    """
     source = ReadShard(read, receipts=True)
     for shard in shards_of(items):
+        decode = DecodeImages(
+            info.image_size,
+            interpolation=info.interpolation,
+            resize_mode=info.resize_mode,
+            config=images,
+            isolated=not storage.create(storage.join(marks, shard.name, BEGUN), b""),
+        )
         for table in source(shard):
-            yield decode(hash_images(table))
+            with killed_after(HANG_S + len(table) * (images.timeout_s if decode.isolated else HANG_S_PER_ROW)):
+                decoded = decode(hash_images(table))
+            yield decoded
+
+
+@contextmanager
+def killed_after(seconds: float) -> Iterator[None]:
+    """End this worker if the block hangs, even where a decoder holds the interpreter; Ray then starts another."""
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()

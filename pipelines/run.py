@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from tarsift.operators import storage
-from tarsift.operators.errors import ChangedError, UsageError
+from tarsift.operators.errors import BusyError, ChangedError, UsageError
 from tarsift.operators.schema import SCHEMA_VERSION
 from tarsift.operators.shards import Shard, list_shards
 from tarsift.pipelines.commit import PassResult
 from tarsift.pipelines.config import CleanConfig, parse_config, put_setting, refuse_changes
 from tarsift.pipelines.ledger import Ledger, RunFile, fingerprint
+from tarsift.pipelines.lock import hold
 from tarsift.pipelines.progress import Listener, silent
+from tarsift.pipelines.session import session
 
 ROLE = "detect"
 EMBED = f"embed.{ROLE}"
@@ -56,6 +59,28 @@ class Run:
     def digests(self) -> dict[str, str]:
         """SHA-256 of every shard, as it was when it was embedded."""
         return {name: entry["source"]["sha256"] for name, entry in sorted(self.embedded.items())}
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Work on the result folder, as the only one that does.
+
+        Raises:
+            BusyError: if another run works on it, or did so since it was opened here.
+            UsageError: if it cannot be written to.
+        """
+        with ExitStack() as stack:
+            with storage.reachable(self.out):
+                stack.enter_context(hold(self.out))
+            if self.file.changed():
+                raise BusyError(f"another run has worked on {self.out} just now; run the same command again.")
+            self.file.save()
+            yield
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Hold the result folder, with Ray there."""
+        with self.held(), session(stall_timeout_s=self.config.resources.stall_timeout_s):
+            yield
 
     def settle(self, config: CleanConfig) -> None:
         """Keep settings in which `auto` is settled, for the rest of the run and for those that continue it."""
@@ -105,10 +130,8 @@ class Run:
         return [n for n in ("flag", "write") if self.fingerprint_of(n) not in (None, wanted[n])]
 
 
-def open_run(
-    inputs: str | Sequence[str], out: str, config: CleanConfig, *, progress: Listener = silent, save: bool = True
-) -> Run:
-    """Start a result folder, or go on with the one that is there; `save=False` leaves it untouched.
+def open_run(inputs: str | Sequence[str], out: str, config: CleanConfig, *, progress: Listener = silent) -> Run:
+    """Start a result folder, or go on with the one that is there; nothing is written before it is `held`.
 
     Raises:
         ChangedError: if `out` was made from other shards or with other settings.
@@ -126,11 +149,10 @@ def open_run(
     config = with_absolute_paths(config)
     shards = list_shards(inputs)
     listed = [{"name": s.name, "url": s.url, "size": s.size} for s in shards]
-    file = RunFile.load(out)
+    with storage.reachable(out):
+        file = RunFile.load(out)
     if file is None:
-        file = RunFile(out, _new_content(config, listed))
-        if save:
-            file.save()
+        file = RunFile.begin(out, _new_content(config, listed))
         return Run(out, shards, config, file, progress)
     refuse_other_inputs(file.content["inputs"], listed, out)
     before = parse_config(file.content["config"])

@@ -12,12 +12,16 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from tarsift.pipelines.stopping import handlers_kept
+
 # Tasks and actors are retried a few times and then fail: with Ray's own defaults (without end)
 # one sample that kills its decoder would be tried for ever.
 TASK_RETRIES = 3
 TASK_OPTIONS: dict[str, Any] = {"max_retries": TASK_RETRIES}
 # Restarts without end, since they end when the retries of a task do.
 ACTOR_OPTIONS: dict[str, Any] = {"max_restarts": -1, "max_task_retries": TASK_RETRIES}
+
+STALL_TIMEOUT_S = 270.0
 
 # Texts by which object stores and networks say "try again"; Ray's own list knows only pyarrow's.
 TRANSIENT_ERRORS = (
@@ -59,7 +63,7 @@ def map_tables(
 
 
 @contextlib.contextmanager
-def session(num_cpus: int | None = None) -> Iterator[None]:
+def session(num_cpus: int | None = None, *, stall_timeout_s: float = STALL_TIMEOUT_S) -> Iterator[None]:
     """Make sure that Ray is there, and leave a Ray that was already there running.
 
     Joins, in this order: the session of this process, the cluster named by RAY_ADDRESS, a new local
@@ -67,15 +71,17 @@ def session(num_cpus: int | None = None) -> Iterator[None]:
 
     Args:
         num_cpus: CPUs of a new local Ray; all of the machine's where None. Ignored when joining.
+        stall_timeout_s: seconds without any progress after which a Dataset fails.
     """
     mine = not ray.is_initialized()
     if mine:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         address = os.environ.get("RAY_ADDRESS")
         local = {} if address else _local_options(num_cpus)
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+        with handlers_kept():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     try:
-        with _data_context():
+        with _data_context(stall_timeout_s):
             yield
     finally:
         if mine:
@@ -91,14 +97,14 @@ def _local_options(num_cpus: int | None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _data_context() -> Iterator[None]:
+def _data_context(stall_timeout_s: float) -> Iterator[None]:
     """Settings of Ray Data while a recipe runs; the user's are put back afterwards."""
     context = ray.data.DataContext.get_current()
     settings = {
         "enable_progress_bars": False,
         "print_on_execution_start": False,
         "enable_auto_log_stats": False,
-        "execution_no_progress_timeout_s": 600.0,
+        "execution_no_progress_timeout_s": stall_timeout_s,
         "max_errored_blocks": 0,
         "retried_io_errors": [*context.retried_io_errors, *TRANSIENT_ERRORS],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import pyarrow as pa
@@ -22,9 +23,11 @@ from tarsift.pipelines.commit import PassResult
 from tarsift.pipelines.folding import run_fold
 from tarsift.pipelines.ledger import Ledger
 from tarsift.pipelines.progress import Event, Listener, silent
-from tarsift.pipelines.session import TASK_OPTIONS
+from tarsift.pipelines.stopping import patient
+from tarsift.pipelines.tasks import side_by_side
 
 KEEP_SCHEMA = pa.schema([("shard", pa.string()), ("row", pa.int32()), ("uid", pa.string())])
+HOME_COUNTS = Count("home")
 
 
 def write_shard(shard: Shard, out: str, sha256: str) -> dict[str, Any]:
@@ -34,12 +37,8 @@ def write_shard(shard: Shard, out: str, sha256: str) -> dict[str, Any]:
         ChangedError: if the shard is not the one that was embedded.
         ConservationError: if a sample has no home or two.
     """
-    source = ReadStored([Stored(storage.join(out, "flags"), ("row", "home"))], batch_rows=8192)
-    homes: list[str] = []
-    for table in source(shard.name):
-        homes.extend(table["home"].to_pylist())
-    outputs = {home: storage.join(out, home, f"{shard.name}.tar") for home in HOMES}
-    result = split_shard(shard, homes, outputs, expect_sha256=sha256)
+    homes = verdicts_of(shard.name, out)
+    result = split_shard(shard, homes, shard_outputs(shard.name, out), expect_sha256=sha256)
     samples = {home: result.homes[home].samples for home in HOMES}
     wanted = {home: homes.count(home) for home in HOMES}
     if samples != wanted:
@@ -59,6 +58,17 @@ def write_shard(shard: Shard, out: str, sha256: str) -> dict[str, Any]:
     }
 
 
+def verdicts_of(shard: str, out: str) -> list[str]:
+    """Return the home of every row of a shard, by its flags."""
+    source = ReadStored([Stored(storage.join(out, "flags"), ("row", "home"))], batch_rows=8192)
+    return [home for table in source(shard) for home in table["home"].to_pylist()]
+
+
+def shard_outputs(shard: str, out: str) -> dict[str, str]:
+    """Return the URL of the archive of each home."""
+    return {home: storage.join(out, home, f"{shard}.tar") for home in HOMES}
+
+
 def write_pass(
     shards: Sequence[Shard],
     out: str,
@@ -67,28 +77,21 @@ def write_pass(
     *,
     progress: Listener = silent,
 ) -> tuple[PassResult, Ledger]:
-    """Split all shards that are not committed yet; one task per shard, a few per CPU at once."""
+    """Split all shards that are not committed yet; one task per shard. Asked to stop, it finishes those begun."""
     start = time.monotonic()
     ledger = Ledger(out, "write", fingerprint)
     entries = ledger.entries([s.name for s in shards])
     todo = [s for s in shards if s.name not in entries]
     done: list[str] = []
-    task = ray.remote(num_cpus=1, **TASK_OPTIONS)(write_shard)
-    limit = max(2, int(ray.cluster_resources().get("CPU", 1)) * 2)
-    running: dict[ray.ObjectRef, str] = {}
-    queue = list(todo)
     samples = 0
     progress(Event("write", len(entries), len(shards)))
-    while queue or running:
-        while queue and len(running) < limit:
-            shard = queue.pop(0)
-            running[task.remote(shard, out, embedded[shard.name]["source"]["sha256"])] = shard.name
-        finished, _ = ray.wait(list(running), num_returns=1)
-        name = running.pop(finished[0])
-        entries[name] = ledger.commit(name, ray.get(finished[0]))
-        done.append(name)
-        samples += entries[name]["rows"]
-        progress(Event("write", len(entries), len(shards), samples))
+    calls = ((shard.name, (shard, out, embedded[shard.name]["source"]["sha256"])) for shard in todo)
+    with patient() as asked:
+        for name, (result,) in side_by_side(write_shard, takewhile(lambda _: not asked(), calls)):
+            entries[name] = ledger.commit(name, ray.get(result))
+            done.append(name)
+            samples += entries[name]["rows"]
+            progress(Event("write", len(entries), len(shards), samples))
     progress(Event("write", len(entries), len(shards), samples, finished=True, note="" if done else "nothing to do"))
     return PassResult("write", done, entries, time.monotonic() - start), ledger
 
@@ -116,7 +119,7 @@ def count_homes(shards: Sequence[str], out: str, embedded: Mapping[str, Mapping[
     Raises:
         ConservationError: if they do not agree.
     """
-    homes = run_fold(Count("home"), shards, [storage.join(out, "flags")])
+    homes = run_fold(HOME_COUNTS, shards, [storage.join(out, "flags")])
     errors: dict[str, int] = {}
     for entry in embedded.values():
         for reason, n in entry["errors"].items():

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 from PIL import Image
 
+from tarsift.operators.decoding import ImageConfig, fit_to_square
 from tarsift.operators.errors import UsageError
-from tarsift.operators.images import ImageConfig, fit_to_square
 from tarsift.operators.models import LoadedEncoder
 from tarsift.operators.towers import encode_captions, encode_images
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tarsift.pipelines.poison import poison
     from tarsift.pipelines.pretrain import pretrain
     from tarsift.pipelines.reading import read_shards
+    from tarsift.pipelines.verify import verify
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ _HOMES = {
     "evaluate": "pipelines.evaluate",
     "poison": "pipelines.poison",
     "pretrain": "pipelines.pretrain",
+    "verify": "pipelines.verify",
 }
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "pretrain",
     "read_shards",
     "suspicion",
+    "verify",
 ]
 
 

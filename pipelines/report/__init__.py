@@ -17,7 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from tarsift.operators import storage
-from tarsift.operators.images import ImageConfig
+from tarsift.operators.decoding import ImageConfig
 from tarsift.pipelines.ledger import RunFile
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.report.charts import short_number

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from tarsift.operators.decoding import ImageConfig, UnusableImage, decode_image, strict_pillow
 from tarsift.operators.errors import TarsiftError
-from tarsift.operators.images import ImageConfig, UnusableImage, decode_image, strict_pillow
 from tarsift.operators.listing import Shard
 from tarsift.operators.shards import fetch_members
 

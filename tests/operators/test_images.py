@@ -16,8 +16,9 @@ from open_clip.transform import image_transform
 from PIL import Image, ImageFile
 from pydantic import ValidationError
 
+from tarsift.operators.decoding import ImageConfig
 from tarsift.operators.errors import END_OF_SHARD, REASONS, ConfigError
-from tarsift.operators.images import DecodeImages, ImageConfig, hash_images
+from tarsift.operators.images import DecodeImages, hash_images
 from tarsift.operators.schema import SAMPLE_SCHEMA, matrix
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from tarsift.operators.shards import Shard
 from tarsift.pipelines import audit as recipe
+from tarsift.pipelines import tasks
 from tests.conftest import make_dump, picture, write_shard
 from tests.pipelines.test_cli import run
 
@@ -86,7 +87,7 @@ def test_a_reader_that_is_killed_costs_its_shard_only(whole, monkeypatch):
         return look(shard)
 
     monkeypatch.setattr(recipe, "_look_at", killing)
-    monkeypatch.setattr(recipe, "TASK_OPTIONS", {"max_retries": 0})
+    monkeypatch.setattr(tasks, "TASK_OPTIONS", {"max_retries": 0})
     found = recipe.audit(str(whole))
     assert found.problems == {"reader_died": 1}
     assert found.samples == 40

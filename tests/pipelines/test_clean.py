@@ -292,7 +292,7 @@ def test_an_untouched_shard_is_identical(result, dump, tmp_path):
     assert (out / "clean" / "00004.tar").read_bytes() == gzip.decompress((dump / "00004.tar.gz").read_bytes())
 
 
-def test_what_workers_run_gives_what_is_stored(result, encoder):
+def test_what_workers_run_gives_what_is_stored(result, encoder, tmp_path):
     """The functions that Ray ships to its workers, called here on one shard."""
     from tarsift.operators.encoder import ClipEncoder, encoder_info
     from tarsift.operators.flag import Flag
@@ -308,9 +308,9 @@ def test_what_workers_run_gives_what_is_stored(result, encoder):
         for f in ("embeddings/detect", "density", "scores", "flags")
     }
 
-    pictures = list(
-        reading.read_pictures(items, read=run.config.read, images=run.config.images, info=encoder_info(encoder))
-    )
+    settings = {"read": run.config.read, "images": run.config.images, "info": encoder_info(encoder)}
+    pictures, again = (list(reading.read_pictures(items, **settings, marks=str(tmp_path))) for _ in range(2))
+    assert pa.concat_tables(pictures).equals(pa.concat_tables(again))  # the second attempt decodes in another process
     embedded = pa.concat_tables(map(ClipEncoder(encoder), pictures))
     rows = embedded.filter(pc.greater_equal(embedded["row"], 0)).select(stored["embeddings/detect"].column_names)
     assert rows.to_pylist() == stored["embeddings/detect"].to_pylist()

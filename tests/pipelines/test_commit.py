@@ -12,7 +12,7 @@ import pytest
 from tarsift.operators import storage
 from tarsift.operators.errors import TarsiftError
 from tarsift.operators.schema import fixed_size_list, matrix
-from tarsift.operators.stored import end_row
+from tarsift.operators.stored import ReadStored, Stored, end_row
 from tarsift.pipelines.commit import ROW_GROUP_ROWS, Coverage, merge_parts, runs, write_parts
 
 
@@ -117,3 +117,25 @@ def test_parquet_opens_without_ray_in_polars_and_duckdb(tmp_path):
     assert frame["image_embedding"].dtype == polars.Array(polars.Float16, 4)
     assert duckdb.sql(f"select sum(row) from '{tmp_path}/o.parquet'").fetchall() == [(45,)]
     assert pq.read_schema(tmp_path / "o.parquet").metadata[b"tarsift.encoder"] == b"x"
+
+
+def test_a_shard_without_samples_keeps_its_columns(tmp_path):
+    end = json.dumps({"rows": 0})
+    schema = pa.schema(
+        [("shard", pa.string()), ("row", pa.int32()), ("key", pa.string()), ("error", pa.string()), ("x", pa.float32())]
+    )
+    table = pa.table(
+        [["s"], pa.array([-1], pa.int32()), [end], ["end_of_shard"], pa.array([None], pa.float32())], schema
+    )
+    coverage = Coverage()
+    for receipt in (r for _ in range(2) for r in write_parts(table, folder=str(tmp_path)).to_pylist()):  # a retry
+        coverage.add(receipt["first"], receipt["last"], receipt["part"], receipt["end"])
+    parts = coverage.complete()
+    assert parts is not None
+    assert len(parts) == 1
+    target = str(tmp_path / "s.parquet")
+    assert merge_parts(parts, target, 0, {})["rows"] == 0
+    assert pq.read_schema(target).names == schema.names
+    (row,) = ReadStored([Stored(str(tmp_path)), Stored(str(tmp_path), ("x",))], receipts=True)("s")
+    assert row.column_names == schema.names
+    assert json.loads(row["key"][0].as_py()) == {"rows": 0}

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tarsift.operators.decoding import ImageConfig
 from tarsift.operators.errors import UsageError
-from tarsift.operators.images import ImageConfig
 from tarsift.operators.models import build_model, build_tokenizer, load_checkpoint, load_encoder, model_config
 from tarsift.operators.shards import list_shards
 from tarsift.pipelines.pairs import PairReader, PairStream, cached_batches, load_pairs, streamed_batches

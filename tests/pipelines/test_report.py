@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tarsift.clip_detect.threshold import from_ordered_bits, ordered_bits
+from tarsift.operators.decoding import ImageConfig
 from tarsift.operators.errors import UsageError
-from tarsift.operators.images import ImageConfig
 from tarsift.pipelines.report import ReportConfig, write_report
 from tarsift.pipelines.report.answers import round_up
 from tarsift.pipelines.report.charts import Histogram, columns_svg, histogram_svg, share_svg, short_number, ticks

@@ -1,0 +1,88 @@
+"""How far a result folder is, and whether somebody works on it: told from its records, without Ray."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import UTC, datetime
+
+from pydantic import BaseModel, ConfigDict
+
+from tarsift.operators import storage
+from tarsift.pipelines.ledger import records_of
+from tarsift.pipelines.lock import DEAD_AFTER_S, Holder, last_holder
+from tarsift.pipelines.run import EMBED, reopen_run
+
+PASSES = (EMBED, "density", "score", "flag", "write")
+
+
+class PassStatus(BaseModel):
+    """How many shards are through a pass, with how many samples."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    done: int
+    shards: int
+    samples: int
+
+
+class Status(BaseModel):
+    """How far a result folder is.
+
+    Attributes:
+        state: `running`, `silent` (on another machine, and no sign of life for over DEAD_AFTER_S), `died`,
+            `stopped` (ended before all was done) or `complete`.
+        holder: who works, or worked last, on it.
+        stale: passes that were made from an earlier state of those before them.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    out: str
+    state: str
+    holder: str
+    passes: tuple[PassStatus, ...]
+    stale: tuple[str, ...]
+    report: str | None
+
+
+def status(out: str) -> Status:
+    """Look at a result folder.
+
+    Raises:
+        UsageError: if `out` is none.
+
+    Example:
+        >>> status("cc3m-clean").state  # doctest: +SKIP
+        'running'
+    """
+    run = reopen_run(out)
+    shards = set(run.names)
+    passes = []
+    for name in PASSES:
+        records = [record for record in records_of(run.out, name) if record["shard"] in shards]
+        latest, done = (Counter(r["fingerprint"] for r in records).most_common(1) or [("", 0)])[0]
+        samples = sum(record.get("rows", 0) for record in records if record["fingerprint"] == latest)
+        passes.append(PassStatus(name=name, done=done, shards=len(shards), samples=samples))
+    report = storage.join(run.out, "report.html")
+    stale = tuple(run.stale_passes())
+    reported = run.fingerprint_of("report") is not None and storage.exists(report)
+    holder = last_holder(run.out)
+    return Status(
+        out=run.out,
+        state=_state(holder, complete=reported and not stale),
+        holder=str(holder) if holder else "",
+        passes=tuple(passes),
+        stale=stale,
+        report=report if reported else None,
+    )
+
+
+def _state(holder: Holder | None, *, complete: bool) -> str:
+    if holder is None or holder.released:
+        return "complete" if complete else "stopped"
+    gone = holder.gone()
+    if gone is not None:
+        return "died" if gone else "running"
+    age = (datetime.now(UTC) - datetime.fromisoformat(holder.at)).total_seconds()
+    return "running" if age < DEAD_AFTER_S else "silent"

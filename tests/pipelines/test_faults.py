@@ -1,0 +1,87 @@
+"""Whole runs that are disturbed from outside: asked to stop, run twice at once, given images that kill decoders."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tarsift.pipelines.verify import verify
+from tests.conftest import make_dump, picture, write_shard
+from tests.operators.hostile_decoder import HANG, KILL, hostile
+from tests.pipelines.test_resume import command, contents, records
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, encoder):
+    folder = tmp_path_factory.mktemp("faults")
+    make_dump(folder / "dump", shards=8, samples=60)
+    subprocess.run(command(folder / "dump", folder / "whole", encoder), check=True, timeout=300)
+    return folder
+
+
+def wait_for(child: subprocess.Popen, out: Path, name: str, count: int = 1) -> None:
+    deadline = time.monotonic() + 300
+    while len(records(out, name)) < count:
+        assert child.poll() is None, "the run ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("name", ["embed.detect", "score", "write"])
+def test_asked_to_stop(undisturbed, encoder, name, number):
+    out = undisturbed / f"stop-{name}-{number.name}"
+    child = subprocess.Popen(
+        command(undisturbed / "dump", out, encoder), start_new_session=True, stderr=subprocess.PIPE
+    )
+    wait_for(child, out, name)
+    child.send_signal(number)
+    _, told = child.communicate(timeout=60)
+    assert child.returncode == 75, told.decode()
+    assert b"run the same command again" in told
+    assert b"Traceback" not in told
+    before = records(out, name)
+    again = subprocess.run(command(undisturbed / "dump", out, encoder), timeout=300)
+    assert again.returncode == 0
+    after = records(out, name)
+    assert before == {shard: after[shard] for shard in before}
+    assert contents(out) == contents(undisturbed / "whole")
+
+
+def test_a_second_run_is_refused_while_the_first_one_works(undisturbed, encoder):
+    out = undisturbed / "twice"
+    first = subprocess.Popen(command(undisturbed / "dump", out, encoder), start_new_session=True)
+    wait_for(first, out, "embed.detect")
+    second = subprocess.run(command(undisturbed / "dump", out, encoder), capture_output=True, timeout=120)
+    assert second.returncode == 75
+    assert f"is being worked on by process {first.pid}".encode() in second.stderr
+    assert first.wait(timeout=300) == 0
+    assert contents(out) == contents(undisturbed / "whole")
+
+
+def test_images_that_kill_or_hang_their_decoder_are_lost_alone(tmp_path, encoder):
+    make_dump(tmp_path / "dump", shards=3, samples=60, flaws=False)
+    import numpy as np
+
+    rng = np.random.default_rng(9)
+    rows = [{"jpg": picture(rng), "txt": b"a photo of a thing"} for _ in range(60)]
+    rows[20]["jpg"] += KILL
+    rows[40]["jpg"] += HANG
+    write_shard(tmp_path / "dump" / "hostile.tar", rows, first=0)
+    environment = os.environ | {"PYTHONPATH": hostile(tmp_path / "site")}
+    run = [*command(tmp_path / "dump", tmp_path / "out", encoder), "--set", "images.timeout_s=3"]
+    subprocess.run(run, check=True, timeout=400, env=environment)
+    flags = pa.concat_tables(pq.read_table(p) for p in sorted((tmp_path / "out" / "flags").glob("*.parquet")))
+    assert len(flags) == 240
+    lost = flags.filter(pa.compute.is_valid(flags["error"])).select(["shard", "row", "error"]).to_pylist()
+    assert lost == [{"shard": "hostile", "row": row, "error": "decoder_died"} for row in (20, 40)]
+    assert verify(str(tmp_path / "out")).holds

@@ -1,0 +1,121 @@
+"""One run at a time on a result folder; a dead one is succeeded, and does not come back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tarsift.operators import storage
+from tarsift.operators.errors import EXIT_CODES, BusyError, FencedError
+from tarsift.pipelines import lock
+from tarsift.pipelines.ledger import Ledger, RunFile
+
+
+@pytest.fixture(params=["local", "memory"])
+def out(request, tmp_path):
+    return str(tmp_path / "out") if request.param == "local" else f"memory://lock-{tmp_path.name}"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_S", 0.05)
+    monkeypatch.setattr(lock, "DEAD_AFTER_S", 0.6)
+
+
+def leave_behind(out: str, **changes) -> lock.Holder:
+    """Leave what a holder that never released leaves."""
+    about = {"number": 1, "host": "elsewhere", "pid": 1, "started": "1", "since": "then"} | changes
+    holder = lock.Holder(**about)
+    assert storage.create(lock._url(out, holder.number), lock._bytes(holder))
+    return holder
+
+
+def test_held_beating_and_released(out):
+    with lock.hold(out) as holder:
+        assert holder.number == 1
+        time.sleep(0.3)
+        seen = lock.last_holder(out)
+        assert seen
+        assert seen.beat > 0
+        assert not seen.released
+        with lock.hold(out) as again:  # by the same process
+            assert again.number == 1
+    ended = lock.last_holder(out)
+    assert ended
+    assert ended.released
+    with lock.hold(out) as following:
+        assert following.number == 2
+
+
+def test_another_process_of_this_machine_is_told_at_once(tmp_path):
+    out = str(tmp_path)
+    code = "import sys; from tarsift.pipelines.lock import hold\nwith hold(sys.argv[1]): print(1, flush=True); input()"
+    child = subprocess.Popen([sys.executable, "-c", code, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert child.stdout
+        assert child.stdout.readline()
+        with pytest.raises(BusyError, match=f"process {child.pid} on") as refused, lock.hold(out):
+            pass
+        assert refused.value.exit_code == EXIT_CODES["interrupted"]
+    finally:
+        child.kill()
+        child.wait()
+    start = time.monotonic()
+    with lock.hold(out) as holder:  # nobody waits for a process that is known to be dead
+        assert holder.number == 2
+    assert time.monotonic() - start < lock.DEAD_AFTER_S
+
+
+def test_a_holder_elsewhere_is_watched(out):
+    holder = leave_behind(out)
+    start = time.monotonic()
+    with lock.hold(out) as mine:
+        assert mine.number == 2
+        assert time.monotonic() - start > lock.DEAD_AFTER_S / 2
+    holder = leave_behind(out, number=3)
+    url = lock._url(out, 3)
+    import threading
+
+    def beat() -> None:
+        time.sleep(0.1)
+        storage.put_bytes(url, json.dumps({**holder.__dict__, "beat": 1}).encode())
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    with pytest.raises(BusyError, match="elsewhere"), lock.hold(out):
+        pass
+    thread.join()
+
+
+def test_of_two_at_once_one_wins(out, monkeypatch):
+    monkeypatch.setattr(lock, "last_holder", lambda _: None)  # both looked before either wrote
+    monkeypatch.setattr(lock, "_numbers", lambda _: [])
+    leave_behind(out)
+    with pytest.raises(BusyError, match="just begun"), lock.hold(out):
+        pass
+
+
+def test_a_run_that_was_taken_for_dead_commits_nothing_more(out):
+    with lock.hold(out):
+        ledger, file = Ledger(out, "embed", "f"), RunFile(out, {"a": 1})
+        ledger.commit("s0", {"rows": 1})
+        file.save()
+        leave_behind(out, number=2)
+        with pytest.raises(FencedError, match="took over"):
+            ledger.commit("s1", {"rows": 1})
+        with pytest.raises(FencedError):
+            file.save()
+    assert list(ledger.entries()) == ["s0"]
+    ledger.commit("s1", {"rows": 1})  # a folder that is not held is nobody's
+
+
+def test_what_is_no_record_is_passed_over(out):
+    storage.put_bytes(lock._url(out, 1), b"{")
+    storage.put_bytes(storage.join(out, "lock", "notes.txt"), b"")
+    assert lock.last_holder(out) is None
+    with lock.hold(out) as holder:
+        assert holder.number == 2

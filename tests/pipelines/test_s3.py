@@ -1,0 +1,117 @@
+"""The main job on an S3 server over HTTP: the same bytes as on a disk, also where the store fails now and then."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from tests.conftest import make_dump
+from tests.pipelines.store import Store, s3_server
+from tests.pipelines.test_resume import RESULTS, command, contents
+
+pytest.importorskip("s3fs")
+pytestmark = pytest.mark.slow
+SHARDS, SAMPLES = 4, 60
+
+
+@pytest.fixture(scope="module")
+def dump(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("s3") / "dump"
+    make_dump(folder, shards=SHARDS, samples=SAMPLES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_disk(dump, encoder) -> dict[str, bytes]:
+    out = dump.parent / "out"
+    subprocess.run(command(dump, out, encoder), check=True, timeout=300)
+    return contents(out)
+
+
+@pytest.fixture(scope="module")
+def store(dump):
+    with s3_server() as running:
+        files = client(running)
+        files.mkdir("bucket")
+        files.put(str(dump), "bucket/dump", recursive=True)
+        yield running
+
+
+def client(store: Store):
+    given = store.environment
+    return fsspec.filesystem(
+        "s3",
+        key=given["AWS_ACCESS_KEY_ID"],
+        secret=given["AWS_SECRET_ACCESS_KEY"],
+        endpoint_url=store.endpoint,
+        skip_instance_cache=True,
+    )
+
+
+def run(arguments: list[str], store: Store, **changes: str) -> subprocess.CompletedProcess[bytes]:
+    environment = os.environ | store.environment | changes
+    return subprocess.run(arguments, env=environment, capture_output=True, timeout=500)
+
+
+def stored(store: Store, out: str) -> dict[str, bytes]:
+    files = client(store)
+    found = {}
+    for folder in RESULTS:
+        for path in files.find(f"{out}/{folder}"):
+            if "/.parts/" not in path:
+                found[path.removeprefix(f"{out}/")] = files.cat_file(path)
+    found["keep.parquet"] = files.cat_file(f"{out}/keep.parquet")
+    return found
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.05])
+def test_the_same_bytes_as_on_a_disk(store, dump, on_disk, encoder, rate):
+    store.rate = rate
+    store.failures.clear()
+    out = f"bucket/out-{rate}"
+    arguments = command(dump, Path("unused"), encoder)
+    arguments[4], arguments[6] = "s3://bucket/dump", f"s3://{out}"
+    ended = run(arguments, store)
+    store.rate = 0.0
+    assert ended.returncode == 0, ended.stderr.decode()[-3000:]
+    assert stored(store, out) == on_disk
+    assert client(store).exists(f"{out}/report.html")
+    if rate:
+        assert store.failures["503"] > 0
+        assert store.failures["reset"] > 0
+
+
+def test_a_long_listing_is_read_to_its_end(store, monkeypatch):
+    files = client(store)
+    for i in range(1005):  # a page holds 1000
+        files.pipe_file(f"bucket/many/{i:05d}.tar", b"")
+    for name, value in store.environment.items():
+        monkeypatch.setenv(name, value)
+    from tarsift.operators.shards import list_shards
+
+    assert len(list_shards("s3://bucket/many/")) == 1005
+
+
+def audit(url: str) -> list[str]:
+    code = "import sys; from tarsift.pipelines.cli import main; sys.argv[0] = 'tarsift'; main()"
+    return [sys.executable, "-c", code, "audit", url]
+
+
+def test_what_is_wrong_with_access_is_said_at_once(store):
+    ended = run(audit("s3://bucket/nothing/"), store)
+    assert ended.returncode == 2
+    assert b"does not exist" in ended.stderr
+    ended = run(audit("s3://no-such-bucket/x/"), store)
+    assert ended.returncode == 2
+    without = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "")
+    environment = {k: v for k, v in (os.environ | store.environment).items() if k not in without}
+    environment |= {"AWS_SHARED_CREDENTIALS_FILE": "/nonexistent", "AWS_CONFIG_FILE": "/nonexistent"}
+    ended = subprocess.run(audit("s3://bucket/dump/"), env=environment, capture_output=True, timeout=120)
+    assert ended.returncode == 2
+    assert b"check credentials" in ended.stderr
+    assert b"Traceback" not in ended.stderr

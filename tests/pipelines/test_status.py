@@ -1,0 +1,106 @@
+"""`status` and `doctor`: what they tell of a result folder and of a machine."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from tarsift.operators import storage
+from tarsift.operators.errors import UsageError
+from tarsift.pipelines import doctor, lock
+from tarsift.pipelines.clean import clean, embed_step
+from tarsift.pipelines.config import load_config
+from tarsift.pipelines.run import open_run
+from tarsift.pipelines.status import status
+from tests.conftest import make_dump
+from tests.pipelines.test_cli import run
+
+SMALL = ["suspicion.published_ks=[8]", "suspicion.reference_size=64"]
+
+
+@pytest.fixture(scope="module")
+def folder(ray_session, encoder, tmp_path_factory):
+    """A dump, a run that stopped after its first pass, and one that is complete."""
+    folder = tmp_path_factory.mktemp("status")
+    make_dump(folder / "dump", shards=3, samples=60)
+    config = load_config(settings=[*SMALL, f"encoders.detect.spec={encoder}"])
+    begun = open_run(str(folder / "dump"), str(folder / "begun"), config)
+    with begun.working():
+        embed_step(begun)
+    clean(str(folder / "dump"), str(folder / "done"), config=config)
+    return folder
+
+
+def test_of_runs_that_stopped_and_are_complete(folder, monkeypatch, capsys):
+    begun = status(str(folder / "begun"))
+    assert begun.state == "stopped"
+    assert [(p.done, p.samples) for p in begun.passes] == [(3, 180), (0, 0), (0, 0), (0, 0), (0, 0)]
+    done = status(str(folder / "done"))
+    assert done.state == "complete"
+    assert {p.done for p in done.passes} == {3}
+    assert done.report
+    code, out, _ = run(monkeypatch, capsys, "status", str(folder / "done"))
+    assert code == 0
+    assert "complete" in out
+    code, out, _ = run(monkeypatch, capsys, "status", str(folder / "begun"), "--json")
+    assert json.loads(out)["state"] == "stopped"
+    with pytest.raises(UsageError, match=r"run\.json"):
+        status(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "state"),
+    [
+        ({"pid": os.getpid(), "started": lock._start_of(os.getpid())}, "running"),
+        ({"pid": 2**22 + 1, "started": "1"}, "died"),
+        ({"host": "elsewhere", "at": "now"}, "running"),
+        ({"host": "elsewhere", "at": "2020-01-01T00:00:00+00:00"}, "silent"),
+    ],
+)
+def test_of_runs_that_did_not_release_their_lock(folder, changes, state):
+    out = str(folder / "begun")
+    before = lock.last_holder(out)
+    assert before
+    if changes.get("at") == "now":
+        changes = changes | {"at": lock._now()}
+    holder = lock.Holder(**{**before.__dict__, "number": 99, "released": False, **changes})
+    storage.put_bytes(lock._url(out, 99), lock._bytes(holder))
+    try:
+        assert status(out).state == state
+    finally:
+        storage.remove(lock._url(out, 99))
+
+
+def test_the_doctor_finds_this_machine_well(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    findings = {f.name: f for f in doctor.examine([str(tmp_path)])}
+    assert {"python", "tarsift", "import names", "torch", "faiss", "ray", "space", "cpus"} <= findings.keys()
+    assert not [f for f in findings.values() if f.state == doctor.BROKEN]
+    assert findings[str(tmp_path)].state == doctor.OK
+    code, out, _ = run(monkeypatch, capsys, "doctor")
+    assert code == 0
+    assert "faiss" in out
+
+
+def test_the_doctor_names_what_is_broken(tmp_path, monkeypatch, capsys):
+    builds = {"faiss-cpu": "1.15", "faiss-gpu": "1.15"}
+    monkeypatch.setattr(doctor, "version", lambda name: builds.get(name, "1.0"))
+    [clash] = doctor._guarded(doctor._faiss)
+    assert clash.state == doctor.BROKEN
+    assert "uninstall both" in clash.remedy
+    monkeypatch.setattr(doctor, "requires", lambda _: ["ray>=2.59", "nosuch>=1; python_version>'3'"])
+    assert [f.name for f in doctor._guarded(doctor._packages) if f.state == doctor.BROKEN] == ["ray"]
+
+    def broken():
+        raise ImportError("libtorch.so is missing")
+        yield
+
+    [told] = doctor._guarded(broken)
+    assert told.state == doctor.BROKEN
+    assert "libtorch" in told.detail
+    monkeypatch.undo()
+    code, out, _ = run(monkeypatch, capsys, "doctor", "nosuch://bucket/x", str(tmp_path / "not-yet"))
+    assert code == 1
+    assert "nothing is there" in out
