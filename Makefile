@@ -14,7 +14,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt Makefile
 	test -x .uv/bin/uv || { $(PYTHON) -m venv .uv && .uv/bin/python -m pip install --quiet --disable-pip-version-check uv; }
 	test -x $(BIN)/python || .uv/bin/uv venv --quiet --python $(PYTHON) $(VENV)
-	.uv/bin/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt --editable '.[$(EXTRAS)]'
+	.uv/bin/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraints constraints.txt --editable '.[$(EXTRAS)]'
 	mkdir -p .links/tarsift
 	for p in clip_detect operators pipelines sifters; do ln -sfn ../../$$p .links/tarsift/$$p; done
 	ln -sfn ../../tarsift/__init__.py .links/tarsift/__init__.py
