@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
-from tarsift.operators.errors import EXIT_CODES, TarsiftError
+from tarsift.operators.errors import EXIT_CODES, Interrupted, TarsiftError
 from tarsift.pipelines.options import (
     MAIN,
     PASSES,
@@ -59,8 +60,20 @@ from tarsift.pipelines.printing import (
 from tarsift.pipelines.progress import Listener, RichBars, listener_for
 from tarsift.pipelines.stopping import stop_on_sigterm
 
+
+class Commands(TyperGroup):
+    """The commands; one that is interrupted ends as one that can be taken up again, which typer would not do."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted; run the same command again to go on.") from None
+
+
 app = typer.Typer(
     name="tarsift",
+    cls=Commands,
     help="Find poisoned samples in image-text dumps (WebDataset shards), and write a cleaned dump with the evidence.",
     no_args_is_help=True,
     add_completion=False,
@@ -421,9 +434,6 @@ def main() -> None:
     except TarsiftError as error:
         err.print(f"[bold red]error:[/bold red] {plain(error)}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        err.print("interrupted; run the same command again to go on", highlight=False)
-        sys.exit(EXIT_CODES["interrupted"])
 
 
 if __name__ == "__main__":

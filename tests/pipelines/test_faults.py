@@ -36,8 +36,9 @@ def wait_for(child: subprocess.Popen, out: Path, name: str, count: int = 1) -> N
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("name", ["embed.detect", "score", "write"])
+@pytest.mark.parametrize(
+    ("name", "number"), [("embed.detect", signal.SIGTERM), ("score", signal.SIGINT), ("write", signal.SIGTERM)]
+)
 def test_asked_to_stop(undisturbed, encoder, name, number):
     out = undisturbed / f"stop-{name}-{number.name}"
     child = subprocess.Popen(
