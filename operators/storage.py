@@ -140,18 +140,13 @@ def create(url: str, data: bytes) -> bool:
     """
     fs, path = filesystem(url)
     if isinstance(fs, LocalFileSystem):
-        folder = os.path.dirname(path)
-        os.makedirs(folder, exist_ok=True)
-        beside = os.path.join(folder, f".{secrets.token_hex(8)}.tmp")
-        try:
+        with _beside(path) as beside:
             with open(beside, "xb") as file:
                 file.write(data)
-            os.link(beside, path)  # unlike a rename it fails where the name is taken
-        except FileExistsError:
-            return False
-        finally:
-            with suppress(OSError):
-                os.remove(beside)
+            try:
+                os.link(beside, path)  # unlike a rename it fails where the name is taken
+            except FileExistsError:
+                return False
         return True
     try:
         fs.pipe_file(path, data, mode="create")
@@ -172,24 +167,30 @@ def open_write(url: str) -> Iterator[BinaryIO]:
     """
     fs, path = filesystem(url)
     if isinstance(fs, LocalFileSystem):
-        folder = os.path.dirname(path)
-        os.makedirs(folder, exist_ok=True)
-        beside = os.path.join(folder, f".{secrets.token_hex(8)}.tmp")
-        try:
+        with _beside(path) as beside:
             with open(beside, "xb", buffering=1 << 20) as file:
                 yield cast(BinaryIO, file)
                 file.flush()
                 os.fsync(file.fileno())  # or a loss of power could leave the new name with nothing in it
             os.replace(beside, path)
-        except BaseException:
-            with suppress(OSError):
-                os.remove(beside)
-            raise
         return
     with tempfile.NamedTemporaryFile(buffering=1 << 20) as file:
         yield cast(BinaryIO, file)
         file.flush()
         _retry(lambda: fs.put_file(file.name, path), f"cannot write {url}")
+
+
+@contextmanager
+def _beside(path: str) -> Iterator[str]:
+    """Give another name in the folder of a local file, for what is not whole yet; nothing of that name stays."""
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    beside = os.path.join(folder, f".{secrets.token_hex(8)}.tmp")
+    try:
+        yield beside
+    finally:
+        with suppress(OSError):
+            os.remove(beside)
 
 
 def exists(url: str) -> bool:
