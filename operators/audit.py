@@ -11,7 +11,7 @@ import json
 import secrets
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict
 from tarsift.operators import storage
 from tarsift.operators.decoding import ImageConfig, UnusableImage, decode_image, strict_pillow
 from tarsift.operators.errors import REASONS, SHARD_PROBLEMS
-from tarsift.operators.shards import ReadConfig, Sample, Shard, ShardCounts, ShardProblem, read_samples
+from tarsift.operators.shards import ReadConfig, Sample, Shard, ShardCounts, read_samples, unreadable
 from tarsift.operators.streams import open_shard
 
 # What an audit can find: problems of a whole shard, of its samples, and these.
@@ -102,7 +102,7 @@ class AuditShard:
         That is a keyed hash of the uid of every sample, whose lowest bit says whether a json states the uid; it is
         0 for a sample that repeats a key and has no uid but that.
         """
-        found, counts = _Findings(), ShardCounts()
+        found, counts = Findings(), ShardCounts()
         sha256, size, compressed = "", 0, False
         uids = array("Q")
         parquet = _beside(shard.url, ".parquet")
@@ -126,9 +126,7 @@ class AuditShard:
                         keys.add(_hash(key, self.key))
                 sha256, size = source.finish()
         except OSError as error:
-            counts.problems.append(
-                ShardProblem(problem="unreadable", offset=None, detail=f"{type(error).__name__}: {error}")
-            )
+            counts.problems.append(unreadable(error))
         for problem in counts.problems:
             found.add(problem.problem, str(problem))
         if not counts.rows and not counts.problems:
@@ -150,13 +148,13 @@ class AuditShard:
         )
         return audit, np.array(uids, np.uint64)
 
-    def _decode(self, image: bytes, key: str, found: _Findings) -> None:
+    def _decode(self, image: bytes, key: str, found: Findings) -> None:
         try:
             decode_image(image, fit=lambda picture: picture, config=self.images)
         except UnusableImage as unusable:
             found.add(unusable.reason, key)
 
-    def _compare_stats(self, shard: Shard, samples: int, found: _Findings) -> None:
+    def _compare_stats(self, shard: Shard, samples: int, found: Findings) -> None:
         url = _beside(shard.url, "_stats.json")
         try:
             with storage.open_read(url) as file:
@@ -174,7 +172,7 @@ class AuditShard:
                 "stats_mismatch", f"{successes} samples by {url}, {samples} in the shard", abs(successes - samples)
             )
 
-    def _compare_parquet(self, url: str, keys: set[int], found: _Findings) -> None:
+    def _compare_parquet(self, url: str, keys: set[int], found: Findings) -> None:
         listed: set[int] = set()
         try:
             with storage.open_read(url) as file:
@@ -202,7 +200,7 @@ def _downloaded(file: Any) -> Iterator[str]:
                 yield str(key)
 
 
-class _Findings:
+class Findings:
     """Problems by code, with their first few places; bounded however many there are."""
 
     def __init__(self) -> None:
@@ -215,8 +213,8 @@ class _Findings:
         if len(examples) < EXAMPLES:
             examples.append(place[:300])
 
-    def take_in(self, other: _Findings) -> None:
-        for problem in other.problems():
+    def take_in(self, problems: Iterable[Problem]) -> None:
+        for problem in problems:
             self._counts[problem.problem] += problem.count
             examples = self._examples.setdefault(problem.problem, [])
             examples += problem.examples[: EXAMPLES - len(examples)]
@@ -234,7 +232,7 @@ class _StatedDigests:
 
     def __init__(self) -> None:
         self._fits = self._misses = 0
-        self._mismatches = _Findings()
+        self._mismatches = Findings()
 
     @property
     def checked(self) -> int:
@@ -254,9 +252,9 @@ class _StatedDigests:
                     self._mismatches.add("digest_mismatch", key)
                 return
 
-    def report(self, found: _Findings) -> None:
+    def report(self, found: Findings) -> None:
         if self.checked:
-            found.take_in(self._mismatches)
+            found.take_in(self._mismatches.problems())
 
 
 def shared_uids(

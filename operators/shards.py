@@ -100,8 +100,7 @@ class ReadShard:
             try:
                 source = stack.enter_context(open_shard(shard.url))
             except OSError as error:
-                problem = ShardProblem(problem="unreadable", offset=None, detail=f"{type(error).__name__}: {error}")
-                counts.problems.append(problem)
+                counts.problems.append(unreadable(error))
             else:
                 batch: list[tuple[Any, ...]] = []
                 held = 0
@@ -124,6 +123,11 @@ class ReadShard:
         elif counts.problems:
             told = "; ".join(map(str, counts.problems))
             warnings.warn(f"{shard.url}: {counts.rows} samples read, then {told}", RuntimeWarning, stacklevel=2)
+
+
+def unreadable(error: OSError) -> ShardProblem:
+    """Return what is wrong with a shard that cannot be opened."""
+    return ShardProblem(problem="unreadable", offset=None, detail=f"{type(error).__name__}: {error}")
 
 
 def shard_problem(damage: TarDamage | None, source: ShardStream) -> ShardProblem | None:

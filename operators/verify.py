@@ -77,6 +77,7 @@ def verify_shard(
     faults: list[Fault] = []
     counts = dict.fromkeys(outputs, 0)
     size = rows = 0
+    lost = False
 
     def fault(code: str, detail: str) -> None:
         faults.append(Fault(fault=code, detail=detail[:300]))
@@ -100,10 +101,11 @@ def verify_shard(
             for placed in scan_members(cast(BinaryIO, stream)):
                 home = home_of(placed, homes)
                 rows = max(rows, 0 if placed.row is None else placed.row + 1)
-                if placed.cut or any(f.fault == "member_missing" for f in faults):
+                if placed.cut or lost:
                     continue  # what is cut is part of the tail
                 digest = stream.take()
-                if home not in written or written[home].next() != digest:
+                lost = home not in written or written[home].next() != digest
+                if lost:
                     fault("member_missing", f"{placed.member.name!r} at byte {placed.member.header_offset} in {home}")
                 else:
                     counts[home] += 1
@@ -115,7 +117,7 @@ def verify_shard(
         if rows != len(homes):
             fault("rows_differ", f"{rows} samples, {len(homes)} verdicts")
         for home, archive in written.items():
-            if not any(f.fault == "member_missing" for f in faults) and archive.next() is not None:
+            if not lost and archive.next() is not None:
                 fault("surplus_member", f"after {counts[home]} members of {outputs[home]}")
             if archive.finish() != output_sha256[home]:
                 fault("output_changed", outputs[home])

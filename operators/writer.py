@@ -18,7 +18,7 @@ from typing import BinaryIO, cast
 from tarsift.operators import storage
 from tarsift.operators.errors import ChangedError, ConservationError, UsageError
 from tarsift.operators.samples import NEVER_IN_SAMPLE, Placed, scan_members
-from tarsift.operators.shards import Shard, ShardProblem, shard_problem
+from tarsift.operators.shards import Shard, ShardProblem, shard_problem, unreadable
 from tarsift.operators.streams import ShardStream, open_shard
 from tarsift.operators.tar import TarDamage, end_archive
 
@@ -72,7 +72,7 @@ def split_shard(
         try:
             source = stack.enter_context(open_shard(shard.url))
         except OSError as error:
-            problem = ShardProblem(problem="unreadable", offset=None, detail=f"{type(error).__name__}: {error}")
+            problem = unreadable(error)
             sha256 = ""
         else:
             problem = split.copy(source)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import ray
 from pydantic import BaseModel, ConfigDict
 from ray.exceptions import RayError
 
-from tarsift.operators.audit import EXAMPLES, AuditShard, Problem, ShardAudit, shared_uids
+from tarsift.operators.audit import EXAMPLES, AuditShard, Findings, Problem, ShardAudit, shared_uids
 from tarsift.operators.decoding import ImageConfig
 from tarsift.operators.shards import ReadConfig, Shard, list_shards
 from tarsift.pipelines.progress import Event, Listener, silent
@@ -94,9 +94,9 @@ def audit(
         names = [shard.name for shard in shards if shard.name in uids]
         samples = sum(audits[name].samples for name in names)
         shared = _shared_uids([uids[name] for name in names], samples)
-    for position, problems in shared.items():
+    for position, more in shared.items():
         found = audits[names[position]]
-        audits[found.shard] = found.model_copy(update={"problems": (*found.problems, *problems)})
+        audits[found.shard] = found.model_copy(update={"problems": (*found.problems, *more.problems())})
     return Audit(
         shards=tuple(audits[shard.name] for shard in shards), decoded=decode, elapsed_s=time.monotonic() - start
     )
@@ -137,13 +137,13 @@ def _died(shard: Shard, error: RayError) -> ShardAudit:
     )  # fmt: skip
 
 
-def _shared_uids(uids: Sequence[ray.ObjectRef], samples: int) -> dict[int, list[Problem]]:
+def _shared_uids(uids: Sequence[ray.ObjectRef], samples: int) -> dict[int, Findings]:
     """Compare uids across shards, a part of all hashes at a time; return problems by position of the shard."""
     parts = -(-samples // UIDS_PER_PART)
-    found: dict[int, list[Problem]] = {}
+    found: dict[int, Findings] = defaultdict(Findings)
     for _, (result,) in side_by_side(_compare_part, ((part, (list(uids), part, parts)) for part in range(parts))):
         for position, problems in ray.get(result).items():
-            found[position] = _added(found.get(position, []), problems)
+            found[position].take_in(problems)
     return found
 
 
@@ -163,17 +163,3 @@ def _compare_part(uids: Sequence[ray.ObjectRef], part: int, parts: int) -> dict[
             examples = tuple(f"row {number}" for number in where[:EXAMPLES].tolist())
             found.setdefault(position, []).append(Problem(problem=name, count=len(where), examples=examples))
     return found
-
-
-def _added(before: Iterable[Problem], more: Iterable[Problem]) -> list[Problem]:
-    merged = {problem.problem: problem for problem in before}
-    for problem in more:
-        old = merged.get(problem.problem)
-        if old:
-            problem = Problem(
-                problem=old.problem,
-                count=old.count + problem.count,
-                examples=(*old.examples, *problem.examples)[:EXAMPLES],
-            )
-        merged[problem.problem] = problem
-    return list(merged.values())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import pyarrow.compute as pc
+import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 from pydantic import BaseModel, ConfigDict
@@ -16,7 +16,6 @@ from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
 from tarsift.operators.flag import HOMES
 from tarsift.operators.listing import Shard, list_shards
-from tarsift.operators.stored import ReadStored, Stored
 from tarsift.operators.verify import Fault, ShardProof, verify_shard
 from tarsift.pipelines.folding import run_fold
 from tarsift.pipelines.ledger import Ledger
@@ -24,7 +23,7 @@ from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.run import Run, reopen_run
 from tarsift.pipelines.session import session
 from tarsift.pipelines.tasks import side_by_side
-from tarsift.pipelines.write import HOME_COUNTS, shard_outputs, verdicts_of
+from tarsift.pipelines.write import HOME_COUNTS, kept_rows, shard_outputs, verdicts_of
 
 
 class Proof(BaseModel):
@@ -139,8 +138,8 @@ def _compare_keep_list(run: Run) -> list[Fault]:
     url = storage.join(run.out, "keep.parquet")
     try:
         with storage.open_read(url) as file:
-            listed = _rows_of(pq.ParquetFile(file))
-            for wanted in _kept(run):
+            listed = _rows_of(pq.ParquetFile(file).iter_batches(columns=["shard", "row"]))
+            for wanted in _rows_of(kept_rows(run.names, run.out)):
                 found = next(listed, None)
                 if found != wanted:
                     return [Fault(fault="keep_list_differs", detail=f"{wanted} by the verdicts, {found} in {url}")]
@@ -150,15 +149,6 @@ def _compare_keep_list(run: Run) -> list[Fault]:
     return [Fault(fault="keep_list_differs", detail=f"{surplus} in {url} was not kept")] if surplus else []
 
 
-def _rows_of(file: pq.ParquetFile) -> Iterator[tuple[str, int]]:
-    for batch in file.iter_batches(columns=["shard", "row"]):
-        yield from zip(batch["shard"].to_pylist(), batch["row"].to_pylist(), strict=True)
-
-
-def _kept(run: Run) -> Iterator[tuple[str, int]]:
-    read = ReadStored([Stored(storage.join(run.out, "flags"), ("row", "home"))], batch_rows=8192)
-    for name in sorted(run.names):
-        for table in read(name):
-            if "home" in table.column_names:
-                for row in table.filter(pc.field("home") == "clean")["row"].to_pylist():
-                    yield name, row
+def _rows_of(tables: Iterable[pa.Table | pa.RecordBatch]) -> Iterator[tuple[str, int]]:
+    for table in tables:
+        yield from zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -98,19 +98,22 @@ def write_pass(
 
 def write_lists(shards: Sequence[str], out: str) -> int:
     """Write `keep.parquet`: (shard, row, uid) of every sample whose home is clean/; returns their number."""
-    source = ReadStored([Stored(storage.join(out, "flags"), ("shard", "row", "uid", "home"))], batch_rows=8192)
     kept = 0
     with storage.open_write(storage.join(out, "keep.parquet")) as sink:
         writer = pq.ParquetWriter(sink, KEEP_SCHEMA, compression="zstd")
-        for shard in sorted(shards):
-            for table in source(shard):
-                if "home" not in table.column_names:
-                    continue
-                clean = table.filter(pc.field("home") == "clean").select(KEEP_SCHEMA.names)
-                kept += len(clean)
-                writer.write_table(clean.cast(KEEP_SCHEMA))
+        for table in kept_rows(shards, out):
+            kept += len(table)
+            writer.write_table(table)
         writer.close()
     return kept
+
+
+def kept_rows(shards: Sequence[str], out: str) -> Iterator[pa.Table]:
+    """Yield what `keep.parquet` lists, by the flags: the rows whose home is clean/, by shard."""
+    source = ReadStored([Stored(storage.join(out, "flags"), (*KEEP_SCHEMA.names, "home"))], batch_rows=8192)
+    for shard in sorted(shards):
+        for table in source(shard):
+            yield table.filter(pc.field("home") == "clean").select(KEEP_SCHEMA.names).cast(KEEP_SCHEMA)
 
 
 def count_homes(shards: Sequence[str], out: str, embedded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
