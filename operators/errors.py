@@ -10,6 +10,7 @@
     ├── ConservationError        read != kept + removed + errored: a defect, never ignored
     ├── ErrorRateError           exit code 3: complete, but more bad samples than allowed
     └── Interrupted              exit code 75: run the same command again
+        ├── StoreError           a store did not answer for minutes
         ├── BusyError            another run works on the same result folder
         └── FencedError          another run took over this one's result folder
 """
@@ -57,6 +58,10 @@ class Interrupted(TarsiftError):
     """The run was asked to stop; the same command goes on from here."""
 
     exit_code = EXIT_CODES["interrupted"]
+
+
+class StoreError(Interrupted):
+    """A store did not answer, or answered with errors, for longer than requests are tried again."""
 
 
 class BusyError(Interrupted):

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tarsift.operators import storage
 from tarsift.operators.errors import END_OF_SHARD, IMAGE_USABLE, ShardError
 from tarsift.operators.listing import Shard, list_shards
+from tarsift.operators.retry import take_repeated
 from tarsift.operators.samples import IMAGE_PARTS, Placed, scan_members, split_name
 from tarsift.operators.schema import SAMPLE_SCHEMA
 from tarsift.operators.streams import GZIP_MAGIC, ShardStream, open_shard
@@ -65,7 +66,10 @@ class ShardProblem(BaseModel):
 
 
 class ShardEnd(BaseModel):
-    """What a reader reports when it has read a shard; `sha256` and `bytes` are of the file as it is stored."""
+    """What a reader reports when it has read a shard; `sha256` and `bytes` are of the file as it is stored.
+
+    `repeated` requests to the store were tried again meanwhile.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -74,6 +78,7 @@ class ShardEnd(BaseModel):
     sha256: str
     bytes: int
     problems: tuple[ShardProblem, ...] = ()
+    repeated: int = 0
 
 
 class ReadShard:
@@ -117,7 +122,12 @@ class ReadShard:
                     sha256, size = source.finish()
         if self.receipts:
             end = ShardEnd(
-                rows=counts.rows, members=counts.members, sha256=sha256, bytes=size, problems=tuple(counts.problems)
+                rows=counts.rows,
+                members=counts.members,
+                sha256=sha256,
+                bytes=size,
+                problems=tuple(counts.problems),
+                repeated=take_repeated(),
             )
             yield _table([(shard.name, -1, end.model_dump_json(), *[None] * 5, END_OF_SHARD)])
         elif counts.problems:
@@ -127,7 +137,8 @@ class ReadShard:
 
 def unreadable(error: OSError) -> ShardProblem:
     """Return what is wrong with a shard that cannot be opened."""
-    return ShardProblem(problem="unreadable", offset=None, detail=f"{type(error).__name__}: {error}")
+    detail = storage.without_secrets(f"{type(error).__name__}: {error}")
+    return ShardProblem(problem="unreadable", offset=None, detail=detail)
 
 
 def shard_problem(damage: TarDamage | None, source: ShardStream) -> ShardProblem | None:

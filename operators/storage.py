@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import io
 import os
-import random
+import re
 import secrets
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO, cast
@@ -22,12 +21,21 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from tarsift.operators.errors import TarsiftError, UsageError
+from tarsift.operators.retry import first_contact, retried
 
 # The extra of tarsift that brings a protocol's driver; others are named by fsspec itself.
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
-ATTEMPTS = 4
+# Switches off the repetitions of a driver, so that there is one policy: `retry`. (gcsfs has no such switch.)
+ONE_ATTEMPT: dict[str, dict[str, Any]] = {
+    "s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 30}}
+}
+ONE_ATTEMPT["s3a"] = ONE_ATTEMPT["s3"]
+
 BLOCK_BYTES = 8 << 20
+
+# What a URL may hold that is nobody else's business: user and password, and the query of a signed address.
+_SECRETS = re.compile(r"://[^\s/@'\"]+@|\?[^\s'\"?]*=[^\s'\"]*")
 
 
 def is_local(url: str) -> bool:
@@ -48,7 +56,10 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         return fs, cast(str, fs._strip_protocol(url))
     protocol = url.split("://", 1)[0]
     try:
-        return url_to_fs(url)
+        fs, path = url_to_fs(url, **ONE_ATTEMPT.get(protocol, {}))
+        if protocol in ONE_ATTEMPT:
+            fs.retries = 1
+        return fs, path
     except ImportError as error:
         extra = EXTRAS.get(protocol)
         remedy = f"install `tarsift[{extra}]`" if extra else str(error)
@@ -65,14 +76,20 @@ def reachable(url: str | os.PathLike[str]) -> Iterator[None]:
         UsageError: in place of any error but those of tarsift.
     """
     try:
-        yield
+        with first_contact():
+            yield
     except TarsiftError:
         raise
     except Exception as error:  # drivers raise their own, for instance where there are no credentials
         first = (str(error).splitlines() or [""])[0]
-        told = f"{os.fspath(url)!r} cannot be reached: {type(error).__name__}: {first}"
+        told = without_secrets(f"{os.fspath(url)!r} cannot be reached: {type(error).__name__}: {first}")
         remedy = "" if is_local(os.fspath(url)) else "; check credentials, region and endpoint (`tarsift doctor URL`)"
         raise UsageError(told + remedy) from error
+
+
+def without_secrets(text: str) -> str:
+    """Return text, such as an error's, with passwords and signatures in its URLs replaced by `***`."""
+    return _SECRETS.sub(lambda found: "?***" if found[0].startswith("?") else "://***@", text)
 
 
 def absolute(url: str) -> str:
@@ -134,7 +151,7 @@ def put_bytes(url: str, data: bytes) -> None:
 
 
 def create(url: str, data: bytes) -> bool:
-    """Write a file that is not there yet; of several who try at once one gets True.
+    """Write a file that is not there yet; of several who try at once, each with data of its own, one gets True.
 
     A store that cannot be asked for that is looked at first, which two can do at the same instant.
     """
@@ -149,9 +166,9 @@ def create(url: str, data: bytes) -> bool:
                 return False
         return True
     try:
-        fs.pipe_file(path, data, mode="create")
+        retried(lambda: fs.pipe_file(path, data, mode="create"), f"write {url}")
     except FileExistsError:
-        return False
+        return read_bytes(url) == data  # a request that did arrive and whose answer got lost was tried again
     except (NotImplementedError, TypeError, ValueError):
         if exists(url):
             return False
@@ -177,7 +194,7 @@ def open_write(url: str) -> Iterator[BinaryIO]:
     with tempfile.NamedTemporaryFile(buffering=1 << 20) as file:
         yield cast(BinaryIO, file)
         file.flush()
-        _retry(lambda: fs.put_file(file.name, path), f"cannot write {url}")
+        retried(lambda: fs.put_file(file.name, path), f"write {url}")
 
 
 @contextmanager
@@ -196,22 +213,27 @@ def _beside(path: str) -> Iterator[str]:
 def exists(url: str) -> bool:
     """Tell whether a file is there now, whatever an earlier listing said."""
     fs, path = filesystem(url)
+    if isinstance(fs, LocalFileSystem):
+        return os.path.isfile(path)
     fs.invalidate_cache()
-    return bool(fs.isfile(path))
+    try:  # not `isfile`, to which a store that does not answer has no file
+        return retried(lambda: fs.info(path), f"look for {url}")["type"] != "directory"
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def remove(url: str) -> None:
     """Remove a file; that it was not there is fine."""
     fs, path = filesystem(url)
     with suppress(FileNotFoundError):
-        fs.rm_file(path)
+        _asked(fs, lambda: fs.rm_file(path), f"remove {url}")
 
 
 def remove_tree(folder: str) -> None:
     """Remove a folder and all below it; that it was not there is fine."""
     fs, path = filesystem(folder)
     with suppress(FileNotFoundError):
-        fs.rm(path, recursive=True)
+        _asked(fs, lambda: fs.rm(path, recursive=True), f"remove {folder}")
 
 
 def list_files(folder: str, suffix: str = "") -> list[str]:
@@ -228,7 +250,8 @@ def find(fs: fsspec.AbstractFileSystem, path: str, suffix: str | tuple[str, ...]
     """Return path and size in bytes of the files below the folder `path` that end in `suffix`, case ignored."""
     fs.invalidate_cache()
     try:
-        infos = cast(dict[str, dict[str, Any]], fs.find(path, detail=True))
+        listed = _asked(fs, lambda: fs.find(path, detail=True), f"list {path}")
+        infos = cast(dict[str, dict[str, Any]], listed)
     except FileNotFoundError:
         return {}
     below = path.rstrip("/") + "/"
@@ -240,13 +263,17 @@ def find(fs: fsspec.AbstractFileSystem, path: str, suffix: str | tuple[str, ...]
     return found
 
 
+def _asked(fs: fsspec.AbstractFileSystem, request: Callable[[], Any], doing: str) -> Any:
+    return request() if isinstance(fs, LocalFileSystem) else retried(request, doing)
+
+
 class _RemoteReader(io.RawIOBase):
     """A remote file that is opened again at the same byte when a read fails."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem, path: str) -> None:
         self._fs, self._path, self._at = fs, path, 0
         self._file: Any = None
-        self._file = _retry(self._open, f"cannot open {path}")
+        self._file = retried(self._open, f"open {path}")
 
     def _open(self) -> Any:
         if "memory" in self._fs.protocol:  # there, all readers of a file share one position
@@ -274,14 +301,14 @@ class _RemoteReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        data = _retry(lambda: self._read(len(view)), f"cannot read {self._path} at byte {self._at}")
+        data = retried(lambda: self._read(len(view)), f"read {self._path} at byte {self._at}")
         view[: len(data)] = data
         self._at += len(data)
         return len(data)
 
     def seek(self, offset: int, whence: int = 0) -> int:
         if self._file is None:
-            self._file = self._open()
+            self._file = retried(self._open, f"open {self._path}")
         self._at = self._file.seek(offset, whence)
         return self._at
 
@@ -290,18 +317,3 @@ class _RemoteReader(io.RawIOBase):
             self._file.close()
             self._file = None
         super().close()
-
-
-def _retry(call: Callable[[], Any], failure: str) -> Any:
-    # Drivers raise OSError, but also errors of their HTTP client that are none.
-    attempt = 1
-    while True:
-        try:
-            return call()
-        except (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError):
-            raise
-        except Exception as error:
-            if attempt == ATTEMPTS:
-                raise OSError(f"{failure}: {type(error).__name__}: {error}") from error
-        time.sleep(2**attempt * random.uniform(0.1, 0.3))
-        attempt += 1

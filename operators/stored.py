@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from tarsift.operators import storage
 from tarsift.operators.errors import END_OF_SHARD, TarsiftError
+from tarsift.operators.retry import take_repeated
 
 
 @dataclass(frozen=True)
@@ -82,5 +83,6 @@ def end_row(schema: pa.Schema, shard: str, rows: int) -> pa.Table:
     for name, kind in (("shard", pa.string()), ("row", pa.int32()), ("key", pa.string()), ("error", pa.string())):
         if name not in schema.names:
             schema = schema.append(pa.field(name, kind))
-    values = {"shard": shard, "row": -1, "key": json.dumps({"rows": rows}), "error": END_OF_SHARD}
+    end = json.dumps({"rows": rows, "repeated": take_repeated()})
+    values = {"shard": shard, "row": -1, "key": end, "error": END_OF_SHARD}
     return pa.table([pa.array([values.get(f.name)], f.type) for f in schema], schema)

@@ -39,7 +39,7 @@ class DigestingReader(io.RawIOBase):
         try:
             count = self._file.readinto(buffer)
         except OSError as error:
-            self.problem = ("unreadable", f"{type(error).__name__}: {error}")
+            self.problem = ("unreadable", storage.without_secrets(f"{type(error).__name__}: {error}"))
             return 0
         self._sha256.update(memoryview(buffer)[:count])
         self.bytes += count

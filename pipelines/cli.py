@@ -58,7 +58,7 @@ from tarsift.pipelines.printing import (
     write_json,
 )
 from tarsift.pipelines.progress import Listener, RichBars, listener_for
-from tarsift.pipelines.stopping import stop_on_sigterm
+from tarsift.pipelines.stopping import stop_on_signals
 
 
 class Commands(TyperGroup):
@@ -427,7 +427,7 @@ def demo(
 def main() -> None:
     """Run the command line; exit codes are those of `tarsift.operators.errors.EXIT_CODES`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    stop_on_sigterm()
+    stop_on_signals()
     err = Console(stderr=True)
     try:
         app()

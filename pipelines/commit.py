@@ -23,15 +23,23 @@ from ray.data.exceptions import ExecutionTimeoutError
 
 from tarsift.operators import storage
 from tarsift.operators.errors import TarsiftError
+from tarsift.operators.retry import take_repeated
 from tarsift.operators.schema import as_table
 from tarsift.operators.shards import Shard
 from tarsift.pipelines.ledger import Ledger
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.session import TASK_OPTIONS, map_tables
-from tarsift.pipelines.stopping import patient
+from tarsift.pipelines.stopping import patient, stop_if_asked
 
 RECEIPT_SCHEMA = pa.schema(
-    [("shard", pa.string()), ("first", pa.int32()), ("last", pa.int32()), ("part", pa.string()), ("end", pa.string())]
+    [
+        ("shard", pa.string()),
+        ("first", pa.int32()),
+        ("last", pa.int32()),
+        ("part", pa.string()),
+        ("end", pa.string()),
+        ("repeated", pa.int32()),  # requests to the store that the sink had to repeat
+    ]
 )
 ROW_GROUP_ROWS = 4096
 PARTS = ".parts"  # folder below that of a pass; what lies in it of a shard is cleared when that is committed
@@ -55,7 +63,7 @@ def write_parts(batch: pa.Table, *, folder: str, drop: Sequence[str] = ("image",
         if not end or not json.loads(end)["rows"]:  # the only part of an empty shard tells its columns
             part = storage.join(folder, PARTS, shard, f"{first:08d}-{last:08d}-{uuid.uuid4().hex[:8]}.arrow")
             storage.put_bytes(part, ipc_bytes(rows))
-        receipts.append((shard, first, last, part, end))
+        receipts.append((shard, first, last, part, end, take_repeated()))
     columns = list(zip(*receipts, strict=True)) if receipts else [[]] * len(RECEIPT_SCHEMA)
     return pa.table([pa.array(list(c), f.type) for c, f in zip(columns, RECEIPT_SCHEMA, strict=True)], RECEIPT_SCHEMA)
 
@@ -79,14 +87,17 @@ def ipc_bytes(table: pa.Table) -> pa.Buffer:
 
 @dataclass
 class Coverage:
-    """Which rows of one shard have arrived, and the parts that hold them."""
+    """Which rows of one shard have arrived, the parts that hold them, and how many requests were repeated for it."""
 
     parts: dict[int, tuple[int, str]] = field(default_factory=dict)  # first -> (last, part)
     end: dict[str, Any] | None = None
+    repeated: int = 0
 
-    def add(self, first: int, last: int, part: str, end: str) -> None:
+    def add(self, first: int, last: int, part: str, end: str, repeated: int = 0) -> None:
+        self.repeated += repeated
         if end:
             self.end = json.loads(end)
+            self.repeated += self.end.get("repeated", 0)
         if part and (first not in self.parts or self.parts[first][0] < last):
             self.parts[first] = (last, part)
 
@@ -207,11 +218,13 @@ class PassResult:
     def figures(self, fingerprint: str) -> dict[str, Any]:
         """What `run.json` keeps of the pass."""
         done = sum(self.entries[name]["rows"] for name in self.done)
+        repeated = sum(self.entries[name].get("repeated_requests", 0) for name in self.done)
         return {
             "fingerprint": fingerprint,
             "shards": len(self.entries),
             "samples": self.samples,
             "samples_done_last": done,
+            "repeated_requests": repeated,
             "elapsed_s": round(self.elapsed_s, 3),
         }
 
@@ -292,15 +305,17 @@ def _run_wave(
     receipts = map_tables(rows, write_parts, {"folder": folder}, num_cpus=sink_cpus)
     try:
         for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow"):
+            stop_if_asked()
             for receipt in pa.table(batch).to_pylist():
                 name = receipt["shard"]
                 if name not in waiting:
                     continue
-                waiting[name].add(receipt["first"], receipt["last"], receipt["part"], receipt["end"])
-                parts = waiting[name].complete()
+                coverage = waiting[name]
+                coverage.add(*(receipt[field] for field in ("first", "last", "part", "end", "repeated")))
+                parts = coverage.complete()
                 if parts is None:
                     continue
-                end = waiting.pop(name).end or {}
+                end = {**(waiting.pop(name).end or {}), "repeated": coverage.repeated}
                 target = storage.join(folder, f"{name}.parquet")
                 shard_metadata = {**metadata, "shard": name, "source_sha256": end.get("sha256") or ""}
                 merging[merge.remote(folder, name, parts, target, end, shard_metadata)] = name
@@ -331,4 +346,5 @@ def _merge_and_tidy(
     entry = merge_parts(parts, target, end["rows"], metadata)
     storage.remove_tree(storage.join(folder, PARTS, name))
     source = {key: end[key] for key in ("sha256", "bytes", "problems") if key in end}
-    return {**entry, "output": f"{name}.parquet", "source": source}
+    repeated = end["repeated"] + take_repeated()
+    return {**entry, "output": f"{name}.parquet", "source": source, "repeated_requests": repeated}

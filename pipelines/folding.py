@@ -8,6 +8,7 @@ from typing import Any
 import ray
 
 from tarsift.operators.folds import Fold
+from tarsift.operators.retry import add_repeated, take_repeated
 from tarsift.operators.stored import ReadStored, Stored
 from tarsift.pipelines.tasks import side_by_side
 
@@ -23,15 +24,17 @@ def run_fold(fold: Fold, shards: Sequence[str], folders: Sequence[str]) -> Any:
     fold_ref = ray.put(fold)
     state = fold.init()
     for _, (result,) in side_by_side(_fold_some, ((i, (fold_ref, c, list(folders))) for i, c in enumerate(chunks))):
-        state = fold.merge(state, ray.get(result))
+        part, repeated = ray.get(result)
+        add_repeated(repeated)
+        state = fold.merge(state, part)
     return fold.finish(state)
 
 
-def _fold_some(fold: Fold, shards: list[str], folders: list[str]) -> Any:
+def _fold_some(fold: Fold, shards: list[str], folders: list[str]) -> tuple[Any, int]:
     read = ReadStored([Stored(folder, tuple(fold.columns)) for folder in folders], batch_rows=4096)
     state = fold.init()
     for shard in shards:
         for table in read(shard):
             if len(table):
                 state = fold.add(state, table)
-    return state
+    return state, take_repeated()

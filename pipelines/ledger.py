@@ -20,7 +20,9 @@ from typing import Any
 
 from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
+from tarsift.operators.retry import take_repeated
 from tarsift.pipelines.lock import fence
+from tarsift.pipelines.stopping import stop_if_asked
 
 _READERS = 16
 
@@ -131,15 +133,21 @@ class RunFile:
         storage.put_bytes(storage.join(self.out, "run.json"), self.stored)
 
     def record_pass(self, name: str, figures: dict[str, Any]) -> None:
-        """Keep the figures of a pass; what a resumed pass did not do again keeps its earlier time."""
+        """Keep the figures of a pass; what a resumed pass did not do again keeps its earlier time.
+
+        Requests to the store that this process repeated since the last pass are counted for this one.
+        """
         passes = self.content.setdefault("passes", {})
-        before = passes.get(name)
+        before = passes.get(name) or {}
+        figures = {**figures, "repeated_requests": figures.get("repeated_requests", 0) + take_repeated()}
         if before and before.get("fingerprint") == figures.get("fingerprint"):
-            figures = {**figures, "elapsed_s": round(before.get("elapsed_s", 0) + figures.get("elapsed_s", 0), 3)}
+            for total in ("elapsed_s", "repeated_requests"):
+                figures[total] = round(before.get(total, 0) + figures.get(total, 0), 3)
         if figures.get("elapsed_s") and figures.get("samples"):
             figures["samples_per_s"] = round(figures["samples"] / figures["elapsed_s"], 1)
         passes[name] = figures
         self.save()
+        stop_if_asked()
 
 
 def _stored(out: str) -> bytes:

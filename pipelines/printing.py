@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tarsift.operators.storage import without_secrets
 from tarsift.pipelines.text import size, visible
 
 SHOWN_SHARDS = 20
@@ -33,6 +34,9 @@ def print_result(result: Any, console: Console) -> None:
     embed_rate = result.passes.get("embed.detect", {}).get("samples_per_s")
     if embed_rate:
         rows["embedded at"] = f"{embed_rate:,.0f} samples/s"
+    repeated = sum(figures.get("repeated_requests", 0) for figures in result.passes.values())
+    if repeated:
+        rows["store"] = f"{repeated:,} requests were tried again"
     if result.report:
         rows["report"] = str(result.report)
     for name, text in rows.items():
@@ -187,5 +191,5 @@ def write_json(value: Any) -> None:
 
 
 def plain(error: BaseException) -> str:
-    """Make an error's text safe for a terminal: it may quote captions or member names."""
-    return escape("".join(c if c.isprintable() or c == "\n" else "?" for c in str(error)))
+    """Make an error's text safe for a terminal: it may quote captions, member names, or a signed URL."""
+    return escape("".join(c if c.isprintable() or c == "\n" else "?" for c in without_secrets(str(error))))

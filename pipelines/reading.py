@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -80,7 +81,7 @@ def read_pictures(
             interpolation=info.interpolation,
             resize_mode=info.resize_mode,
             config=images,
-            isolated=not storage.create(storage.join(marks, shard.name, BEGUN), b""),
+            isolated=not storage.create(storage.join(marks, shard.name, BEGUN), secrets.token_bytes(16)),
         )
         for table in source(shard):
             with killed_after(HANG_S + len(table) * (images.timeout_s if decode.isolated else HANG_S_PER_ROW)):

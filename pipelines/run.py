@@ -17,6 +17,7 @@ from tarsift.operators.schema import SCHEMA_VERSION
 from tarsift.operators.shards import Shard, list_shards
 from tarsift.pipelines.commit import PassResult
 from tarsift.pipelines.config import CleanConfig, parse_config, put_setting, refuse_changes
+from tarsift.pipelines.failures import failures_told
 from tarsift.pipelines.ledger import Ledger, RunFile, fingerprint
 from tarsift.pipelines.lock import hold
 from tarsift.pipelines.progress import Listener, silent
@@ -68,7 +69,7 @@ class Run:
             BusyError: if another run works on it, or did so since it was opened here.
             UsageError: if it cannot be written to.
         """
-        with ExitStack() as stack:
+        with failures_told(), ExitStack() as stack:
             with storage.reachable(self.out):
                 stack.enter_context(hold(self.out))
             if self.file.changed():

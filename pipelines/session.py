@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from tarsift.pipelines.failures import failures_told
 from tarsift.pipelines.stopping import handlers_kept
 
 # Tasks and actors are retried a few times and then fail: with Ray's own defaults (without end)
@@ -72,6 +73,9 @@ def session(num_cpus: int | None = None, *, stall_timeout_s: float = STALL_TIMEO
     Args:
         num_cpus: CPUs of a new local Ray; all of the machine's where None. Ignored when joining.
         stall_timeout_s: seconds without any progress after which a Dataset fails.
+
+    Raises:
+        TarsiftError: for what Ray raises in the block; see `failures_told`.
     """
     mine = not ray.is_initialized()
     if mine:
@@ -81,7 +85,7 @@ def session(num_cpus: int | None = None, *, stall_timeout_s: float = STALL_TIMEO
         with handlers_kept():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     try:
-        with _data_context(stall_timeout_s):
+        with failures_told(), _data_context(stall_timeout_s):
             yield
     finally:
         if mine:
@@ -106,6 +110,7 @@ def _data_context(stall_timeout_s: float) -> Iterator[None]:
         "enable_auto_log_stats": False,
         "execution_no_progress_timeout_s": stall_timeout_s,
         "max_errored_blocks": 0,
+        "raise_original_map_exception": True,  # else an error of ours is text inside one of Ray's
         "retried_io_errors": [*context.retried_io_errors, *TRANSIENT_ERRORS],
     }
     before = {name: getattr(context, name) for name in settings}

@@ -1,6 +1,8 @@
 """Asked to stop, by SIGTERM or Ctrl-C: what is in hand is finished and committed first.
 
-A request is a `KeyboardInterrupt`, the one exception that Ray hands on from its own waiting.
+A request is a `KeyboardInterrupt`, the one exception that Ray hands on from its own waiting. Raised at an unlucky
+moment, in a callback or a finalizer, it is lost all the same; so a program keeps a note of it as well, and looks
+at that between pieces of work.
 """
 
 from __future__ import annotations
@@ -12,18 +14,36 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_asked = False
 
 
-def stop_on_sigterm() -> None:
-    """Have SIGTERM do what Ctrl-C does; for programs, not for libraries."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+def stop_on_signals() -> None:
+    """Have SIGTERM do what Ctrl-C does, and lose neither; for programs, not for libraries."""
+    for number in SIGNALS:
+        signal.signal(number, _stop)
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    global _asked
+    _asked = True
+    raise KeyboardInterrupt
+
+
+def stop_if_asked() -> None:
+    """Raise a request to stop that was lost on the way.
+
+    Raises:
+        KeyboardInterrupt: if this program was asked to stop.
+    """
+    if _asked:
+        raise KeyboardInterrupt
 
 
 @contextmanager
 def patient() -> Iterator[Callable[[], bool]]:
     """Note the first request to stop, and raise it when the block ends; a second one is raised at once.
 
-    Yields a function that tells whether there was one. Handlers other than Python's own are left alone.
+    Yields a function that tells whether there was one. Handlers other than Python's own and ours are left alone.
     """
     asked = False
 
@@ -33,16 +53,17 @@ def patient() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked = True
 
-    replaced = []
+    before = {}
     if threading.current_thread() is threading.main_thread():
-        replaced = [number for number in SIGNALS if signal.getsignal(number) is signal.default_int_handler]
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+    replaced = {number: handler for number, handler in before.items() if handler in (signal.default_int_handler, _stop)}
     for number in replaced:
         signal.signal(number, note)
     try:
         yield lambda: asked
     finally:
-        for number in replaced:
-            signal.signal(number, signal.default_int_handler)
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
     if asked:
         raise KeyboardInterrupt
 

@@ -16,6 +16,7 @@ from tarsift.operators import storage
 from tarsift.operators.errors import ConservationError
 from tarsift.operators.flag import HOMES
 from tarsift.operators.folds import Count
+from tarsift.operators.retry import take_repeated
 from tarsift.operators.shards import Shard
 from tarsift.operators.stored import ReadStored, Stored
 from tarsift.operators.writer import split_shard
@@ -47,6 +48,7 @@ def write_shard(shard: Shard, out: str, sha256: str) -> dict[str, Any]:
         )
     return {
         "rows": len(homes),
+        "repeated_requests": take_repeated(),
         "sha256": result.source_sha256,
         "stray_members": result.stray_members,
         "tail_bytes": result.tail_bytes,

@@ -1,6 +1,7 @@
 """One Ray session for all tests that need one, a small dump with every ordinary flaw, an encoder file."""
 
 import io
+import subprocess
 import tarfile
 
 import numpy as np
@@ -58,6 +59,17 @@ def make_dump(folder, *, shards: int = 5, samples: int = 80, flaws: bool = True,
 def dump(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dump")
     make_dump(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory, encoder):
+    """A folder with `dump`, of 8 shards, and `whole`, what a `clean` that nothing disturbed made of it."""
+    from tests.pipelines.runs import clean
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    make_dump(folder / "dump", shards=8, samples=60)
+    subprocess.run(clean(folder / "dump", folder / "whole", encoder), check=True, timeout=300)
     return folder
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import yaml
 
 from tarsift.operators.errors import REASONS, SHARD_PROBLEMS
+from tarsift.operators.storage import without_secrets
 from tarsift.pipelines.report.answers import HONESTY, TELLING_SHARE, answers, group_name
 from tarsift.pipelines.report.charts import columns_svg, histogram_svg
 from tarsift.pipelines.report.data import Evidence, ReportConfig, shards_of_run
@@ -71,9 +72,9 @@ def page(
         "duplicates": _duplicates(evidence),
         "encoders": _encoders(run, evidence),
         "reference": reference,
-        "passes": [{"name": name, **figures} for name, figures in (run.get("passes") or {}).items()],
+        "passes": [{"repeated_requests": 0, "name": name, **p} for name, p in (run.get("passes") or {}).items()],
         "stale": run.get("stale") or [],
-        "config_text": yaml.safe_dump(run.get("config") or {}, sort_keys=False, width=100),
+        "config_text": without_secrets(yaml.safe_dump(run.get("config") or {}, sort_keys=False, width=100)),
         "versions": run.get("versions") or {},
     }
 

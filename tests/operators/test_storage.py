@@ -12,8 +12,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
-from tarsift.operators import storage
-from tarsift.operators.errors import UsageError
+from tarsift.operators import retry, storage
+from tarsift.operators.errors import StoreError, UsageError
 
 
 @pytest.fixture(params=["path", "file", "memory"])
@@ -137,11 +137,67 @@ class FlakyFileSystem(MemoryFileSystem):
 
 def test_a_remote_read_goes_on_where_it_broke_off(monkeypatch):
     fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
-    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
+    retry.take_repeated()
     data = os.urandom(5_000_000)
     storage.put_bytes("flaky://x", data)
     assert storage.read_bytes("flaky://x") == data
     assert FlakyFileSystem.breaks_at > 5_000_000  # it did break off
+    assert retry.take_repeated() == 2
+    assert retry.take_repeated() == 0
+    monkeypatch.setattr(retry, "_patience_s", 0.1)
     monkeypatch.setattr(_FlakyFile, "read", lambda self, size=-1: (_ for _ in ()).throw(ConnectionResetError("again")))
-    with pytest.raises(OSError, match=r"cannot read .* at byte 0: ConnectionResetError"):
+    with pytest.raises(StoreError, match=r"cannot read .* at byte 0: ConnectionResetError: again; tried for 0.1 s"):
         storage.read_bytes("flaky://x")
+
+
+def test_passwords_and_signatures_are_not_told():
+    told = storage.without_secrets(
+        "403 for 'https://store.example/a.tar?X-Amz-Signature=abc&X=1' and s3://key:secret@bucket/x; what? a = b"
+    )
+    assert told == "403 for 'https://store.example/a.tar?***' and s3://***@bucket/x; what? a = b"
+
+
+@pytest.mark.parametrize(
+    ("error", "lasts"),
+    [
+        (FileNotFoundError(), True),
+        (PermissionError(), True),
+        (ValueError(), True),
+        (type("NoCredentialsError", (Exception,), {})(), True),
+        (OSError("SlowDown"), False),
+        (ConnectionResetError(), False),
+        (TimeoutError(), False),
+        (type("ClientPayloadError", (Exception,), {})(), False),
+        (type("InvalidURL", (ValueError,), {"__module__": "aiohttp.client_exceptions"})(), False),
+    ],
+)
+def test_what_waiting_does_not_mend_is_raised_at_once(monkeypatch, error: Exception, lasts: bool):
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
+    retry.take_repeated()
+    asked = []
+
+    def request() -> str:
+        asked.append(1)
+        if len(asked) < 3:
+            raise error
+        return "answer"
+
+    if lasts:
+        with pytest.raises(type(error)):
+            retry.retried(request, "ask")
+    else:
+        assert retry.retried(request, "ask") == "answer"
+    assert len(asked) == (1 if lasts else 3)
+    assert retry.take_repeated() == (0 if lasts else 2)
+
+
+def test_a_store_that_does_not_answer_is_no_missing_file(monkeypatch):
+    def away(self, path, **kwargs):
+        raise ConnectionRefusedError("nobody there")
+
+    monkeypatch.setattr(MemoryFileSystem, "info", away)
+    with storage.reachable("memory://x"):
+        monkeypatch.setattr(retry, "_patience_s", 0.05)
+        with pytest.raises(StoreError, match="nobody there"):
+            storage.exists("memory://x")

@@ -38,7 +38,7 @@ def test_the_last_row_says_how_many_there_are(folder):
     assert sum(map(len, tables)) == 10
     assert end["row"].to_pylist() == [-1]
     assert end["error"].to_pylist() == [END_OF_SHARD]
-    assert json.loads(end["key"][0].as_py()) == {"rows": 10}
+    assert json.loads(end["key"][0].as_py()) == {"rows": 10, "repeated": 0}
     assert end["u"].to_pylist() == [None]
 
 
@@ -47,7 +47,7 @@ def test_a_shard_without_rows_has_only_an_end(tmp_path):
         pa.table({"shard": pa.array([], pa.string()), "row": pa.array([], pa.int32())}), tmp_path / "x.parquet"
     )
     (end,) = ReadStored([Stored(str(tmp_path))], receipts=True)("x")
-    assert json.loads(end["key"][0].as_py()) == {"rows": 0}
+    assert json.loads(end["key"][0].as_py()) == {"rows": 0, "repeated": 0}
 
 
 def test_passes_of_different_length_are_refused(folder):

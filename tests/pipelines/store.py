@@ -24,6 +24,7 @@ class Store:
     """Where the server listens, how often the proxy fails, and how often it did, by kind."""
 
     endpoint: str = ""
+    direct: str = ""  # the server itself, which does not fail
     rate: float = 0.0
     failures: Counter[str] = field(default_factory=Counter)
     requests: int = 0
@@ -47,7 +48,7 @@ def s3_server(*, seed: int = 0) -> Iterator[Store]:
     port = _free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    store, rng, guard = Store(), random.Random(seed), threading.Lock()
+    store, rng, guard = Store(direct=f"http://127.0.0.1:{port}"), random.Random(seed), threading.Lock()
 
     class Proxy(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

@@ -347,5 +347,6 @@ def test_policies_are_found_in_one_shard_as_in_many(result):
     from tarsift.pipelines.folding import _fold_some
 
     names = [f"{i:05d}" for i in range(5)]
-    homes = Count("home").finish(_fold_some(Count("home"), names, [str(out_of(result) / "flags")]))
+    state, _ = _fold_some(Count("home"), names, [str(out_of(result) / "flags")])
+    homes = Count("home").finish(state)
     assert homes == {"clean": result.counts["kept"], "removed": 20, "errored": 2}

@@ -105,7 +105,7 @@ def test_sink_reports_the_end_row_and_drops_images(tmp_path):
     assert [(r["first"], r["last"]) for r in receipts] == [(0, 2)]
     assert "image" not in pa.ipc.open_stream(storage.read_bytes(receipts[0]["part"])).read_all().column_names
     ended = write_parts(end_row(table.schema, "s", 3), folder=str(tmp_path)).to_pylist()
-    assert [(r["first"], json.loads(r["end"])) for r in ended] == [(-1, {"rows": 3})]
+    assert [(r["first"], json.loads(r["end"])) for r in ended] == [(-1, {"rows": 3, "repeated": 0})]
 
 
 def test_parquet_opens_without_ray_in_polars_and_duckdb(tmp_path):
@@ -138,4 +138,4 @@ def test_a_shard_without_samples_keeps_its_columns(tmp_path):
     assert pq.read_schema(target).names == schema.names
     (row,) = ReadStored([Stored(str(tmp_path)), Stored(str(tmp_path), ("x",))], receipts=True)("s")
     assert row.column_names == schema.names
-    assert json.loads(row["key"][0].as_py()) == {"rows": 0}
+    assert json.loads(row["key"][0].as_py()) == {"rows": 0, "repeated": 0}

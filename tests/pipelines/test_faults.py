@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,25 +13,9 @@ import pytest
 from tarsift.pipelines.verify import verify
 from tests.conftest import make_dump, picture, write_shard
 from tests.operators.hostile_decoder import HANG, KILL, hostile
-from tests.pipelines.test_resume import command, contents, records
+from tests.pipelines.runs import clean, contents, records, wait_for
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, encoder):
-    folder = tmp_path_factory.mktemp("faults")
-    make_dump(folder / "dump", shards=8, samples=60)
-    subprocess.run(command(folder / "dump", folder / "whole", encoder), check=True, timeout=300)
-    return folder
-
-
-def wait_for(child: subprocess.Popen, out: Path, name: str, count: int = 1) -> None:
-    deadline = time.monotonic() + 300
-    while len(records(out, name)) < count:
-        assert child.poll() is None, "the run ended too early"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 @pytest.mark.parametrize(
@@ -41,9 +23,7 @@ def wait_for(child: subprocess.Popen, out: Path, name: str, count: int = 1) -> N
 )
 def test_asked_to_stop(undisturbed, encoder, name, number):
     out = undisturbed / f"stop-{name}-{number.name}"
-    child = subprocess.Popen(
-        command(undisturbed / "dump", out, encoder), start_new_session=True, stderr=subprocess.PIPE
-    )
+    child = subprocess.Popen(clean(undisturbed / "dump", out, encoder), start_new_session=True, stderr=subprocess.PIPE)
     wait_for(child, out, name)
     child.send_signal(number)
     _, told = child.communicate(timeout=60)
@@ -51,7 +31,7 @@ def test_asked_to_stop(undisturbed, encoder, name, number):
     assert b"run the same command again" in told
     assert b"Traceback" not in told
     before = records(out, name)
-    again = subprocess.run(command(undisturbed / "dump", out, encoder), timeout=300)
+    again = subprocess.run(clean(undisturbed / "dump", out, encoder), timeout=300)
     assert again.returncode == 0
     after = records(out, name)
     assert before == {shard: after[shard] for shard in before}
@@ -60,9 +40,9 @@ def test_asked_to_stop(undisturbed, encoder, name, number):
 
 def test_a_second_run_is_refused_while_the_first_one_works(undisturbed, encoder):
     out = undisturbed / "twice"
-    first = subprocess.Popen(command(undisturbed / "dump", out, encoder), start_new_session=True)
+    first = subprocess.Popen(clean(undisturbed / "dump", out, encoder), start_new_session=True)
     wait_for(first, out, "embed.detect")
-    second = subprocess.run(command(undisturbed / "dump", out, encoder), capture_output=True, timeout=120)
+    second = subprocess.run(clean(undisturbed / "dump", out, encoder), capture_output=True, timeout=120)
     assert second.returncode == 75
     assert f"is being worked on by process {first.pid}".encode() in second.stderr
     assert first.wait(timeout=300) == 0
@@ -79,7 +59,7 @@ def test_images_that_kill_or_hang_their_decoder_are_lost_alone(tmp_path, encoder
     rows[40]["jpg"] += HANG
     write_shard(tmp_path / "dump" / "hostile.tar", rows, first=0)
     environment = os.environ | {"PYTHONPATH": hostile(tmp_path / "site")}
-    run = [*command(tmp_path / "dump", tmp_path / "out", encoder), "--set", "images.timeout_s=3"]
+    run = clean(tmp_path / "dump", tmp_path / "out", encoder, "--set", "images.timeout_s=3")
     subprocess.run(run, check=True, timeout=400, env=environment)
     flags = pa.concat_tables(pq.read_table(p) for p in sorted((tmp_path / "out" / "flags").glob("*.parquet")))
     assert len(flags) == 240

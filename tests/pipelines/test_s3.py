@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import fsspec
 import pytest
 
 from tests.conftest import make_dump
+from tests.pipelines.runs import RESULTS, clean, contents, tarsift
 from tests.pipelines.store import Store, s3_server
-from tests.pipelines.test_resume import RESULTS, command, contents
 
 pytest.importorskip("s3fs")
 pytestmark = pytest.mark.slow
@@ -29,7 +28,7 @@ def dump(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def on_disk(dump, encoder) -> dict[str, bytes]:
     out = dump.parent / "out"
-    subprocess.run(command(dump, out, encoder), check=True, timeout=300)
+    subprocess.run(clean(dump, out, encoder), check=True, timeout=300)
     return contents(out)
 
 
@@ -72,9 +71,7 @@ def stored(store: Store, out: str) -> dict[str, bytes]:
 def test_the_same_bytes_as_on_a_disk_while_a_twentieth_of_requests_fails(store, dump, on_disk, encoder):
     store.rate = 0.05
     out = "bucket/out"
-    arguments = command(dump, Path("unused"), encoder)
-    arguments[4], arguments[6] = "s3://bucket/dump", f"s3://{out}"
-    ended = run(arguments, store)
+    ended = run(clean("s3://bucket/dump", f"s3://{out}", encoder), store)
     store.rate = 0.0
     assert ended.returncode == 0, ended.stderr.decode()[-3000:]
     assert stored(store, out) == on_disk
@@ -93,21 +90,16 @@ def test_a_long_listing_is_read_to_its_end(store, monkeypatch):
     assert len(list_shards("s3://bucket/many/")) == 1005
 
 
-def audit(url: str) -> list[str]:
-    code = "import sys; from tarsift.pipelines.cli import main; sys.argv[0] = 'tarsift'; main()"
-    return [sys.executable, "-c", code, "audit", url]
-
-
 def test_what_is_wrong_with_access_is_said_at_once(store):
-    ended = run(audit("s3://bucket/nothing/"), store)
+    ended = run(tarsift("audit", "s3://bucket/nothing/"), store)
     assert ended.returncode == 2
     assert b"does not exist" in ended.stderr
-    ended = run(audit("s3://no-such-bucket/x/"), store)
+    ended = run(tarsift("audit", "s3://no-such-bucket/x/"), store)
     assert ended.returncode == 2
     without = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "")
     environment = {k: v for k, v in (os.environ | store.environment).items() if k not in without}
     environment |= {"AWS_SHARED_CREDENTIALS_FILE": "/nonexistent", "AWS_CONFIG_FILE": "/nonexistent"}
-    ended = subprocess.run(audit("s3://bucket/dump/"), env=environment, capture_output=True, timeout=120)
+    ended = subprocess.run(tarsift("audit", "s3://bucket/dump/"), env=environment, capture_output=True, timeout=120)
     assert ended.returncode == 2
     assert b"check credentials" in ended.stderr
     assert b"Traceback" not in ended.stderr

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 
 import pytest
 
-from tarsift.pipelines.stopping import handlers_kept, patient, stop_on_sigterm
+from tarsift.pipelines import stopping
+from tarsift.pipelines.stopping import handlers_kept, patient, stop_if_asked, stop_on_signals
 
 
-@pytest.fixture(autouse=True)
-def handlers():
+@pytest.fixture(autouse=True, params=["program", "library"])
+def handlers(request, monkeypatch):
+    """As `tarsift` sets them, or Python's own; both raise KeyboardInterrupt."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    stop_on_sigterm()
-    yield
+    monkeypatch.setattr(stopping, "_asked", False)
+    if request.param == "program":
+        stop_on_signals()
+    else:
+        for number in before:
+            signal.signal(number, signal.default_int_handler)
+    yield request.param
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -76,6 +83,16 @@ def test_handlers_of_others_and_other_threads_are_left_alone():
 
 
 def test_a_handler_that_is_replaced_is_put_back():
+    before = signal.getsignal(signal.SIGTERM)
     with handlers_kept():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_request_that_was_swallowed_is_raised_later(handlers):
+    stop_if_asked()
+    with contextlib.suppress(BaseException):  # as a finalizer does
+        send(signal.SIGTERM)
+    if handlers == "program":
+        with pytest.raises(KeyboardInterrupt):
+            stop_if_asked()

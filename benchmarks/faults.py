@@ -1,0 +1,443 @@
+"""Is anything lost when machines die? `tarsift clean`, hit by a fault in each of its passes.
+
+Each cell is a pass, a kind of fault and a seed. The moment is drawn by the seed: after the first commit of the pass
+where it has several, anywhere in it where it has one. Then the run must end with the right exit code within five
+minutes; where that is not 0, the same command must go on and end with 0. Either way the result must be the bytes of
+a run that nothing disturbed, and no record committed before the fault may have been put again. Appends one JSON
+line per cell to `--results`; a cell that is there already (same code) is not run again.
+
+    python benchmarks/faults.py                  # every pass with every kind that can hit it, about an hour and a half
+    python benchmarks/faults.py --kind raylet    # some
+    python benchmarks/faults.py --grid           # which cells were hit
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.conftest import make_dump  # noqa: E402
+from tests.pipelines.runs import RESULTS, clean, contents  # noqa: E402
+from tests.pipelines.store import Store, s3_server  # noqa: E402
+
+SHARDS, SAMPLES = 8, 60
+HANG_S = 300.0
+# What tells that a pass is being worked on: so many records of a pass (its own, or the one before it).
+PASSES: dict[str, tuple[str, int | None]] = {
+    "embed": ("embed.detect", None),  # None: a number drawn from 1 to SHARDS - 1
+    "merge": ("embed.detect", 1),  # then the next merge that has begun to write
+    "reference": ("embed.detect", SHARDS),
+    "density": ("density", None),
+    "enriched": ("density", SHARDS),
+    "score": ("score", None),
+    "flag": ("flag", None),
+    "write": ("write", None),
+    "report": ("write", SHARDS),
+}
+# Seconds within which the moment is drawn; in other passes a fifth of one.
+SPAN_S = {"reference": 2.0, "enriched": 2.0, "report": 1.0}
+ON_DRIVER = ("report",)  # no task of Ray's has a part in these
+
+
+@dataclass
+class Case:
+    """A run that is about to be hit."""
+
+    process: subprocess.Popen[bytes]
+    out: Path
+    rng: random.Random
+    store: Store | None = None
+    cluster: Any = None
+
+    def records(self) -> dict[str, float]:
+        """Return when each record was put, by `<pass>/<shard>`."""
+        if self.store:
+            files = bucket(self.store)
+            found = files.find("bucket/out/ledger", detail=True) if files.exists("bucket/out/ledger") else {}
+            return {path.partition("ledger/")[2]: info["LastModified"].timestamp() for path, info in found.items()}
+        return {str(p.relative_to(self.out / "ledger")): p.stat().st_mtime for p in self.out.glob("ledger/*/*.json")}
+
+    def merging(self) -> bool:
+        return any(self.out.glob("embeddings/detect/.*.tmp"))
+
+    def processes(self) -> dict[int, str]:
+        """Return pid and title of the processes below the driver's, or below those of a cluster."""
+        roots = [self.process.pid]
+        if self.cluster:
+            roots += [p.process.pid for node in self.cluster.list_all_nodes() for p in _raylets(node)]
+        return {pid: title for root in roots for pid, title in below(root)}
+
+    def wait_for_process(self, wanted: Callable[[str], bool], seconds: float = 20) -> int:
+        """Return a process of that title, chosen at random, as soon as there is one."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.process.poll() is None:
+            found = sorted(pid for pid, title in self.processes().items() if wanted(title))
+            if found:
+                return self.rng.choice(found)
+            time.sleep(0.01)
+        raise TooLate
+
+
+class TooLate(Exception):
+    """The run had ended, or left the pass, before it could be hit."""
+
+
+def _raylets(node: Any) -> list[Any]:
+    return node.all_processes.get("raylet", [])
+
+
+def below(root: int) -> Iterator[tuple[int, str]]:
+    """Yield the processes below a process, with their titles."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+            children.setdefault(parent, []).append(int(entry.name))
+    waiting = list(children.get(root, []))
+    while waiting:
+        pid = waiting.pop()
+        waiting += children.get(pid, [])
+        try:
+            yield pid, Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        except OSError:
+            continue
+
+
+def is_worker(title: str) -> bool:
+    """Tell whether a worker runs a task of tarsift's, of which there are these; actors are none of them."""
+    tasks = ("MapBatches", "_fold_some", "write_shard", "fit_", "_fit_", "_merge_and_tidy")
+    return title.startswith("ray::") and any(task in title for task in tasks) and not is_actor(title)
+
+
+def is_actor(title: str) -> bool:
+    return title.startswith("ray::MapWorker")
+
+
+# Kinds of faults: each does its harm and returns what was hit.
+
+
+def kill_driver(case: Case) -> str:
+    case.process.kill()
+    return "driver"
+
+
+def stop(case: Case) -> str:
+    case.process.send_signal(signal.SIGTERM)
+    return "driver"
+
+
+def kill_raylet(case: Case) -> str:
+    os.kill(case.wait_for_process(lambda title: title.split(" ")[0].endswith("/raylet")), signal.SIGKILL)
+    return "raylet"
+
+
+def kill_worker(case: Case) -> str:
+    pid = case.wait_for_process(is_worker)
+    title = case.processes().get(pid, "?")
+    os.kill(pid, signal.SIGKILL)
+    return title
+
+
+def kill_actor(case: Case) -> str:
+    os.kill(case.wait_for_process(is_actor), signal.SIGKILL)
+    return "ray::MapWorker"
+
+
+def lose_node(case: Case) -> str:
+    """Kill the second node of the cluster at once, with all that runs on it."""
+    (node,) = case.cluster.worker_nodes
+    case.cluster.remove_node(node, allow_graceful=False)
+    return "node"
+
+
+def eat_memory(case: Case) -> str:
+    """Take memory until Ray's monitor has killed a worker, as it does where workers take too much."""
+    before = {pid for pid, title in case.processes().items() if title.startswith("ray::")}
+    code = f"import time; x = bytearray({EATEN}); x[::4096] = b'1' * len(x[::4096]); time.sleep(60)"
+    eater = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and case.process.poll() is None:
+            if before - set(case.processes()):
+                return f"{len(before - set(case.processes()))} workers"
+            time.sleep(0.05)
+    finally:
+        eater.kill()
+        eater.wait()
+    raise TooLate
+
+
+def fill_disk(case: Case) -> str:
+    """Fill the disk that holds the results to the last byte."""
+    with (case.out.parent / "filler").open("wb", buffering=0) as file:
+        while True:
+            try:
+                file.write(bytes(1 << 16))
+            except OSError:
+                break
+    return "disk"
+
+
+def outage(case: Case) -> str:
+    assert case.store
+    case.store.away_until = time.monotonic() + 60
+    return "store away for 60 s"
+
+
+def second_run(case: Case) -> str:
+    """Start the same command beside the first one; it must be refused."""
+    second = subprocess.run(case.process.args, capture_output=True, timeout=HANG_S)
+    if second.returncode == 0 and case.process.poll() is not None:
+        raise TooLate  # it came when the first one was done
+    return f"second run exited with {second.returncode}"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of fault, what the run it hits must exit with, and which passes it cannot hit."""
+
+    inflict: Callable[[Case], str]
+    exit_code: int
+    not_in: tuple[str, ...] = ()
+
+
+MERGES_ON_DISK = ("merge",)  # a merge that writes is seen on a disk only
+KINDS = {
+    "driver": Kind(kill_driver, -signal.SIGKILL),
+    "raylet": Kind(kill_raylet, 75),
+    "worker": Kind(kill_worker, 0, ON_DRIVER),
+    "actor": Kind(kill_actor, 0, tuple(name for name in PASSES if name not in ("embed", "merge"))),
+    "node": Kind(lose_node, 0),
+    "memory": Kind(eat_memory, 0, ON_DRIVER),
+    "disk": Kind(fill_disk, 1),
+    "store": Kind(outage, 0, MERGES_ON_DISK),
+    "stop": Kind(stop, 75),
+    "second": Kind(second_run, 0),
+}
+EATEN = 6 << 30
+
+
+def cells() -> list[tuple[str, str]]:
+    """Return every pass with every kind that can hit it."""
+    return [(name, kind) for kind, about in KINDS.items() for name in PASSES if name not in about.not_in]
+
+
+def bucket(store: Store) -> Any:
+    """Return the store's files, past the proxy that fails."""
+    import fsspec
+
+    given = store.environment
+    keys = {"key": given["AWS_ACCESS_KEY_ID"], "secret": given["AWS_SECRET_ACCESS_KEY"]}
+    return fsspec.filesystem("s3", endpoint_url=store.direct, use_listings_cache=False, **keys)
+
+
+@contextmanager
+def surroundings(kind: str, folder: Path) -> Iterator[tuple[dict[str, str], Path, Any]]:
+    """Make what a kind of fault needs: environment of the run, its result folder, and a store or a cluster."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if kind == "store":
+        with s3_server() as store:
+            files = bucket(store)
+            files.mkdir("bucket")
+            files.put(str(folder / "dump"), "bucket/dump", recursive=True)
+            yield environment | store.environment, folder / "unused", store
+    elif kind == "node":
+        from ray.cluster_utils import Cluster
+
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        try:
+            cluster.add_node(num_cpus=1)
+            yield environment | {"RAY_ADDRESS": cluster.address}, folder / "out", cluster
+        finally:
+            cluster.shutdown()
+    elif kind == "disk":
+        disk = folder / "disk"
+        disk.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], check=True)
+        try:
+            yield environment, disk / "out", None
+        finally:
+            subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    elif kind == "memory":
+        info = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        total, free = (int(info[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+        threshold = (total - free + EATEN * 0.75) / total
+        options = {"RAY_memory_usage_threshold": f"{threshold:.3f}", "RAY_memory_monitor_refresh_ms": "100"}
+        yield environment | options, folder / "out", None
+    else:
+        yield environment, folder / "out", None
+
+
+def wait_for_moment(case: Case, name: str) -> dict[str, Any]:
+    """Wait until a pass is being worked on, and then until the moment drawn."""
+    ledger, count = PASSES[name]
+    count = count if count is not None else case.rng.randint(1, SHARDS - 1)
+    deadline = time.monotonic() + HANG_S
+    while sum(key.startswith(f"{ledger}/") for key in case.records()) < count:
+        if case.process.poll() is not None or time.monotonic() > deadline:
+            raise TooLate
+        time.sleep(0.002)
+    while name == "merge" and not case.merging():
+        if case.process.poll() is not None:
+            raise TooLate
+    delay = 0.0 if name == "merge" else case.rng.uniform(0, SPAN_S.get(name, 0.2))
+    time.sleep(delay)
+    if case.process.poll() is not None:
+        raise TooLate
+    return {"records": count, "delay_s": round(delay, 3)}
+
+
+def run_cell(name: str, kind: str, seed: int, folder: Path, encoder: str, whole: dict[str, bytes]) -> dict[str, Any]:
+    """Hit one run, let the same command go on if need be, and look at what is there."""
+    about = KINDS[kind]
+    with surroundings(kind, folder) as (environment, out, special):
+        store = special if kind == "store" else None
+        source, target = ("s3://bucket/dump", "s3://bucket/out") if store else (folder / "dump", out)
+        command = clean(source, target, encoder)
+        with (folder / "stderr").open("wb") as told:
+            process = subprocess.Popen(command, env=environment, stderr=told, start_new_session=True)
+        case = Case(process, out, random.Random(f"{name} {kind} {seed}"), store, special if kind == "node" else None)
+        try:
+            moment = wait_for_moment(case, name)
+            before = case.records()
+            hit = about.inflict(case)
+            start = time.monotonic()
+            code = process.wait(timeout=HANG_S)
+            ended_s = time.monotonic() - start
+        finally:
+            process.kill()
+            process.wait()
+        codes = [code]
+        last_words = (folder / "stderr").read_text(errors="replace")
+        if code:
+            (out.parent / "filler").unlink(missing_ok=True)
+            codes.append(subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, timeout=600).returncode)
+        after = case.records()
+        found = stored(store) if store else contents(out)
+    redone = [key for key in before if before[key] != after.get(key)]
+    right = code == about.exit_code and codes[-1] == 0 and (kind != "second" or hit.endswith("with 75"))
+    return {
+        "moment": moment,
+        "hit": hit,
+        "exit_codes": codes,
+        "ended_s": round(ended_s, 1),
+        "redone": redone,
+        "same_bytes": found == whole,
+        "ok": right and not redone and found == whole,
+        **({} if right else {"told": last_words[-2000:]}),
+    }
+
+
+def stored(store: Store) -> dict[str, bytes]:
+    files = bucket(store)
+    found = {
+        path.removeprefix("bucket/out/"): files.cat_file(path)
+        for results in RESULTS
+        for path in files.find(f"bucket/out/{results}")
+        if "/.parts/" not in path
+    }
+    return {**found, "keep.parquet": files.cat_file("bucket/out/keep.parquet")}
+
+
+def make_inputs(work: Path) -> tuple[str, dict[str, bytes]]:
+    """Write the dump and an encoder, and return the encoder and what an undisturbed run makes of the dump."""
+    from tarsift.operators.checkpoints import save_checkpoint
+    from tarsift.operators.models import build_model, model_config
+
+    make_dump(work / "dump", shards=SHARDS, samples=SAMPLES)
+    encoder = work / "enc.pt"
+    model = build_model("tiny", seed=0)
+    save_checkpoint(encoder, model, config=model_config("tiny"), shards={}, steps=0, samples=0, seed=0)
+    subprocess.run(clean(work / "dump", work / "whole", str(encoder)), check=True)
+    return str(encoder), contents(work / "whole")
+
+
+def code_digest() -> str:
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    for package in ("clip_detect", "operators", "pipelines"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def grid(records: list[dict[str, Any]]) -> str:
+    """Render which cells were hit, by how many runs, and how many of those were as they must be."""
+    lines = ["| pass | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 1) + "|"]
+    for name in PASSES:
+        row = []
+        for kind, about in KINDS.items():
+            runs = [r for r in records if (r["pass"], r["kind"]) == (name, kind)]
+            row.append("–" if name in about.not_in else f"{sum(r['ok'] for r in runs)}/{len(runs)}")
+        lines.append(f"| {name} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pass", dest="passes", choices=PASSES, action="append")
+    parser.add_argument("--kind", choices=KINDS, action="append")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--grid", action="store_true")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "faults.jsonl")
+    args = parser.parse_args()
+    code = code_digest()
+    lines = args.results.read_text().splitlines() if args.results.exists() else []
+    records = [r for r in map(json.loads, lines) if r["code"] == code]
+    if args.grid:
+        print(grid(records))
+        return
+    done = {(r["pass"], r["kind"], r["seed"]) for r in records}
+    chosen = [
+        (name, kind, seed)
+        for seed in range(args.seeds)
+        for name, kind in cells()
+        if name in (args.passes or PASSES) and kind in (args.kind or KINDS) and (name, kind, seed) not in done
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        encoder, whole = make_inputs(work)
+        for name, kind, seed in chosen:
+            for attempt in range(3):
+                cell = work / f"{name}-{kind}-{seed}-{attempt}"
+                cell.mkdir()
+                (cell / "dump").symlink_to(work / "dump")
+                try:
+                    found = run_cell(name, kind, 100 * attempt + seed, cell, encoder, whole)
+                except TooLate:
+                    continue
+                except subprocess.TimeoutExpired:
+                    found = {"ok": False, "hang": True, "told": (cell / "stderr").read_text(errors="replace")[-2000:]}
+                record = {"pass": name, "kind": kind, "seed": seed, "code": code, "attempt": attempt, **found}
+                records.append(record)
+                args.results.parent.mkdir(parents=True, exist_ok=True)
+                with args.results.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+                print({k: v for k, v in record.items() if k not in ("code", "told")}, flush=True)
+                break
+            else:
+                print(f"{name} {kind} {seed}: not hit in three runs", flush=True)
+    print(grid(records))
+    sys.exit(not all(record["ok"] for record in records))
+
+
+if __name__ == "__main__":
+    main()
