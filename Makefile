@@ -6,7 +6,7 @@ STAMP := $(VENV)/.ready
 EXTRAS := cpu,train,s3,test
 OUT ?= demo-out
 
-.PHONY: setup demo test slow check coverage constraints clean
+.PHONY: setup demo test slow check fuzz coverage constraints clean
 
 setup: $(STAMP)
 
@@ -34,13 +34,19 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	cd .links && ../$(BIN)/lint-imports --config ../pyproject.toml
+	.ci/audit $(BIN)
+
+# One hour of CPU per parser, on a core each if run side by side with --target; goes on where it stopped.
+fuzz: setup
+	.uv/bin/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt --editable '.[fuzz]'
+	$(BIN)/python benchmarks/fuzz.py
 
 coverage: setup
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
 
 # Resolve afresh and write down what was chosen: name==version of every package, no address.
 constraints:
-	.uv/bin/uv pip compile --quiet --no-annotate --no-header --no-emit-index-url --no-emit-find-links --python-version 3.11 --extra cpu --extra train --extra s3 --extra test pyproject.toml -o constraints.txt
+	.uv/bin/uv pip compile --quiet --no-annotate --no-header --no-emit-index-url --no-emit-find-links --python-version 3.11 --extra cpu --extra train --extra s3 --extra test --extra fuzz pyproject.toml -o constraints.txt
 
 clean:
 	rm -rf $(VENV) .uv .links build *.egg-info

@@ -253,7 +253,7 @@ def bucket(store: Store) -> Any:
 @contextmanager
 def surroundings(kind: str, folder: Path) -> Iterator[tuple[dict[str, str], Path, Any]]:
     """Make what a kind of fault needs: environment of the run, its result folder, and a store or a cluster."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment: dict[str, str] = {**os.environ, "OMP_NUM_THREADS": "1"}
     if kind == "store":
         with s3_server() as store:
             files = bucket(store)
@@ -266,7 +266,7 @@ def surroundings(kind: str, folder: Path) -> Iterator[tuple[dict[str, str], Path
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         try:
             cluster.add_node(num_cpus=1)
-            yield environment | {"RAY_ADDRESS": cluster.address}, folder / "out", cluster
+            yield environment | {"RAY_ADDRESS": str(cluster.address)}, folder / "out", cluster
         finally:
             cluster.shutdown()
     elif kind == "disk":

@@ -4,9 +4,9 @@ Each target runs in slices of a few minutes of CPU, on a working corpus under `b
 one and with what the tests are made of. A slice ends with one JSON line in `--results`: CPU seconds, inputs tried,
 code reached, peak memory, and what failed, if anything did. Slices of the same code add up; run it again to go on.
 
-    make fuzz                                             # one CPU-hour per target
+    make fuzz                                             # sets up atheris; one CPU-hour per target
     python benchmarks/fuzz.py --target tar --minutes 60   # of one
-    python benchmarks/fuzz.py --keep                      # the working corpora, reduced, become the kept ones
+    python benchmarks/fuzz.py --keep                      # the working corpora become the kept ones
 
 The bar: an hour of CPU per target with no crash, no input that takes over 20 s, and no more than 1 GB resident.
 """
@@ -22,7 +22,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ WORK = ROOT / "build" / "fuzz"
 KEPT = ROOT / "tests" / "fuzz" / "corpus"
 RESULTS = ROOT / "benchmarks" / "results" / "fuzz.jsonl"
 HANG_S, MEMORY_MB, MAX_BYTES = 20, 1024, {"tar": 16384, "json": 2048, "caption": 512}
-KEEP_AT_MOST = 150  # files per target, the smallest first, as libFuzzer leaves them
+KEEP_AT_MOST = 200  # files per target
 
 # What each target runs; instrumented for coverage, and the code by whose digest slices add up.
 MODULES = {
@@ -41,13 +40,7 @@ MODULES = {
     "caption": ["operators.shards", "pipelines.text", "pipelines.printing", "pipelines.report.folds"],
 }
 
-LOOP = """
-import sys, atheris
-with atheris.instrument_imports(include=[f"tarsift.{m}" for m in sys.argv[2].split(",")] + ["json"]):
-    from tests.fuzz.targets import TARGETS
-atheris.Setup([sys.argv[0], *sys.argv[3:]], TARGETS[sys.argv[1]])
-atheris.Fuzz()
-"""
+LOOP = ROOT / "tests" / "fuzz" / "loop.py"
 
 
 def code_digest(target: str) -> str:
@@ -79,7 +72,8 @@ def fuzz(target: str, folder: Path, *options: str) -> tuple[subprocess.Completed
     """Run the fuzzer over a folder; return how it ended and the CPU seconds it took."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", LOOP, target, ",".join(MODULES[target]), *options, str(folder)]
+    modules = ",".join(f"tarsift.{module}" for module in MODULES[target])
+    command = [sys.executable, str(LOOP), target, modules, *options, str(folder)]
     ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, errors="replace")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return ended, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -118,16 +112,12 @@ def run_slice(target: str, seconds: int) -> dict[str, Any]:
 
 
 def keep(target: str) -> int:
-    """Reduce a working corpus to what reaches all that it reaches, and keep that."""
-    with tempfile.TemporaryDirectory() as folder:
-        ended, _ = fuzz(target, WORK / target, "-merge=1", f"-max_len={MAX_BYTES[target]}", folder)
-        if ended.returncode:
-            raise SystemExit(ended.stderr[-2000:])
-        chosen = sorted(Path(folder).iterdir(), key=lambda path: (path.stat().st_size, path.name))[:KEEP_AT_MOST]
-        shutil.rmtree(KEPT / target, ignore_errors=True)
-        (KEPT / target).mkdir(parents=True)
-        for path in chosen:
-            shutil.copy(path, KEPT / target / hashlib.sha1(path.read_bytes()).hexdigest()[:16])
+    """Keep the working corpus, of which every file once reached something new; the smallest, if they are many."""
+    chosen = sorted((WORK / target).iterdir(), key=lambda path: (path.stat().st_size, path.name))[:KEEP_AT_MOST]
+    shutil.rmtree(KEPT / target, ignore_errors=True)
+    (KEPT / target).mkdir(parents=True)
+    for path in chosen:
+        shutil.copy(path, KEPT / target / hashlib.sha1(path.read_bytes()).hexdigest()[:16])
     return len(chosen)
 
 
@@ -143,7 +133,7 @@ def main() -> None:
     parser.add_argument("--target", choices=sorted(MODULES), action="append")
     parser.add_argument("--minutes", type=float, default=60, help="of CPU per target, earlier runs included")
     parser.add_argument("--slice", type=int, default=300, help="seconds between two lines of the results")
-    parser.add_argument("--keep", action="store_true", help="reduce the working corpora and keep them")
+    parser.add_argument("--keep", action="store_true", help="make the working corpora the kept ones")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))

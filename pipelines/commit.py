@@ -96,8 +96,9 @@ class Coverage:
     def add(self, first: int, last: int, part: str, end: str, repeated: int = 0) -> None:
         self.repeated += repeated
         if end:
-            self.end = json.loads(end)
-            self.repeated += self.end.get("repeated", 0)
+            said: dict[str, Any] = json.loads(end)
+            self.end = said
+            self.repeated += said.get("repeated", 0)
         if part and (first not in self.parts or self.parts[first][0] < last):
             self.parts[first] = (last, part)
 
