@@ -16,7 +16,6 @@ import hashlib
 import io
 import json
 import subprocess
-import sys
 import tarfile
 import tempfile
 import time
@@ -24,17 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-TARSIFT = Path(sys.executable).parent / "tarsift"
-
-
-def code_digest() -> str:
-    """Digest of the package's sources, and of this file, so that results of other code are not taken for this one's."""
-    digest = hashlib.sha256(Path(__file__).read_bytes())
-    for package in ("clip_detect", "operators", "pipelines"):
-        for path in sorted((ROOT / package).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+from measuring import RESULTS, TARSIFT, Cells, code_digest
 
 
 def tarsift(*arguments: str) -> str:
@@ -174,27 +163,21 @@ def main() -> None:
     parser.add_argument("--containers", nargs="*", default=["tar", "tar.gz"])
     parser.add_argument("--shards", type=int, default=1000)
     parser.add_argument("--rate", type=float, default=0.01)
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "dumps.jsonl")
+    parser.add_argument("--results", type=Path, default=RESULTS / "dumps.jsonl")
     options = parser.parse_args()
-    done = {}
-    if options.results.exists():
-        done = {json.loads(line)["cell"]: line for line in options.results.read_text().splitlines()}
+    cells = Cells(options.results, code_digest(Path(__file__)))
     for name in options.sets:
         for container in options.containers:
             known = SETS.get(name, {"epochs": 10})
             settings = {"shards": options.shards, "rate": options.rate, "epochs": known["epochs"]}
-            digest = hashlib.sha256(json.dumps([name, container, settings, code_digest()]).encode()).hexdigest()[:16]
-            if digest in done:
+            if cells.find(set=name, container=container, **settings):
                 print(f"{name} {container}: done before")
                 continue
             test = known.get("test")
             extra = {"test": options.data / test if test else None, "classes": known.get("classes", ())}
             with tempfile.TemporaryDirectory() as folder:
                 result = cell(options.data / name, container, {**settings, **extra}, Path(folder))
-            record = {"cell": digest, "set": name, "container": container, **settings, "code": code_digest(), **result}
-            options.results.parent.mkdir(parents=True, exist_ok=True)
-            with options.results.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            cells.add(set=name, container=container, **settings, **result)
             found = result["suspicion"]
             print(
                 f"{name} {container}: AUROC {found['auroc']:.3f}, AP {found['average_precision']:.3f}, recall at 5 % "

@@ -23,13 +23,11 @@ import io
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -44,6 +42,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import webdataset as wds
+from measuring import CpuMeter, hardware
 from PIL import Image
 
 from tarsift.operators.decoding import ImageConfig, decode_image, fit_to_square, strict_pillow
@@ -229,57 +228,6 @@ CONTENDERS: dict[str, Callable[[Sequence[str], Path, Setup], int]] = {
 }
 
 
-class CpuMeter:
-    """User + system seconds of a process and of all ever seen below it, looked up several times a second.
-
-    Ray's daemon does not wait for the workers that it ends, so that the system's own sums forget them. What a
-    process used after the last look before its end is missed: a tenth of a second at most, for every contender.
-    """
-
-    def __init__(self, root: int, every_s: float = 0.1) -> None:
-        self.root, self.every_s = root, every_s
-        self.ticks: dict[tuple[int, str], int] = {}
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> CpuMeter:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        self.thread.join()
-
-    def seconds(self) -> float:
-        self._look()
-        return sum(self.ticks.values()) / os.sysconf("SC_CLK_TCK")
-
-    def _watch(self) -> None:
-        while not self.stop.wait(self.every_s):
-            self._look()
-
-    def _look(self) -> None:
-        stats = dict(_processes())
-        family, grown = {self.root}, True
-        while grown:
-            more = {pid for pid, fields in stats.items() if int(fields[1]) in family} - family
-            family |= more
-            grown = bool(more)
-        for pid in family & stats.keys():
-            fields = stats[pid]
-            self.ticks[pid, fields[19]] = int(fields[11]) + int(fields[12])  # known by its number and its start
-
-
-def _processes() -> Iterator[tuple[int, list[str]]]:
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                text = (entry / "stat").read_text()
-            except OSError:  # it has just ended
-                continue
-            yield int(entry.name), text[text.rindex(")") + 2 :].split()
-
-
 def run_alone(contender: str, jobs: Sequence[Sequence[str]], setup: Setup) -> None:
     """Run a contender on one list of shards after the other in this process; print the samples of each."""
     with ExitStack() as stack:
@@ -364,13 +312,6 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def hardware() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    versions = {m.__name__: m.__version__ for m in (torch, np, pa, wds)}
-    return {"cpu": model[0] if model else platform.machine(), "cpus": os.cpu_count(), "versions": versions}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", action="append", choices=BARS, help="default: all of them")
@@ -400,7 +341,7 @@ def main() -> None:
     for row in summary:
         print(json.dumps(row))
     if args.json:
-        content = {"hardware": hardware(), "summary": summary, "runs": records}
+        content = {"hardware": hardware(torch, np, pa, wds), "summary": summary, "runs": records}
         args.json.write_text(json.dumps(content, indent=2) + "\n")
 
 

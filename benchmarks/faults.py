@@ -14,8 +14,6 @@ line per cell to `--results`; a cell that is there already (same code) is not ru
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
 import random
 import signal
@@ -29,12 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from measuring import RESULTS as RESULT_FILES
+from measuring import ROOT, Cells, code_digest, family, title
+
 sys.path.insert(0, str(ROOT))
 
-from tests.conftest import make_dump  # noqa: E402
-from tests.pipelines.runs import RESULTS, clean, contents  # noqa: E402
-from tests.pipelines.store import Store, s3_server  # noqa: E402
+from tests.conftest import make_dump
+from tests.pipelines.runs import RESULTS, clean, contents
+from tests.pipelines.store import Store, s3_server
 
 SHARDS, SAMPLES = 8, 60
 HANG_S = 300.0
@@ -81,7 +81,7 @@ class Case:
         roots = [self.process.pid]
         if self.cluster:
             roots += [p.process.pid for node in self.cluster.list_all_nodes() for p in _raylets(node)]
-        return {pid: title for root in roots for pid, title in below(root)}
+        return {pid: title(pid) for pid in family(roots) - set(roots)}
 
     def wait_for_process(self, wanted: Callable[[str], bool], seconds: float = 20) -> int:
         """Return a process of that title, chosen at random, as soon as there is one."""
@@ -100,26 +100,6 @@ class TooLate(Exception):
 
 def _raylets(node: Any) -> list[Any]:
     return node.all_processes.get("raylet", [])
-
-
-def below(root: int) -> Iterator[tuple[int, str]]:
-    """Yield the processes below a process, with their titles."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-            children.setdefault(parent, []).append(int(entry.name))
-    waiting = list(children.get(root, []))
-    while waiting:
-        pid = waiting.pop()
-        waiting += children.get(pid, [])
-        try:
-            yield pid, Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-        except OSError:
-            continue
 
 
 def is_worker(title: str) -> bool:
@@ -236,7 +216,7 @@ KINDS = {
 EATEN = 6 << 30
 
 
-def cells() -> list[tuple[str, str]]:
+def possible() -> list[tuple[str, str]]:
     """Return every pass with every kind that can hit it."""
     return [(name, kind) for kind, about in KINDS.items() for name in PASSES if name not in about.not_in]
 
@@ -371,21 +351,13 @@ def make_inputs(work: Path) -> tuple[str, dict[str, bytes]]:
     return str(encoder), contents(work / "whole")
 
 
-def code_digest() -> str:
-    digest = hashlib.sha256(Path(__file__).read_bytes())
-    for package in ("clip_detect", "operators", "pipelines"):
-        for path in sorted((ROOT / package).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def grid(records: list[dict[str, Any]]) -> str:
+def grid(cells: Cells) -> str:
     """Render which cells were hit, by how many runs, and how many of those were as they must be."""
     lines = ["| pass | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 1) + "|"]
     for name in PASSES:
         row = []
         for kind, about in KINDS.items():
-            runs = [r for r in records if (r["pass"], r["kind"]) == (name, kind)]
+            runs = cells.find(**{"pass": name, "kind": kind})
             row.append("–" if name in about.not_in else f"{sum(r['ok'] for r in runs)}/{len(runs)}")
         lines.append(f"| {name} | " + " | ".join(row) + " |")
     return "\n".join(lines)
@@ -397,20 +369,18 @@ def main() -> None:
     parser.add_argument("--kind", choices=KINDS, action="append")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--grid", action="store_true")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "faults.jsonl")
+    parser.add_argument("--results", type=Path, default=RESULT_FILES / "faults.jsonl")
     args = parser.parse_args()
-    code = code_digest()
-    lines = args.results.read_text().splitlines() if args.results.exists() else []
-    records = [r for r in map(json.loads, lines) if r["code"] == code]
+    cells = Cells(args.results, code_digest(Path(__file__)))
     if args.grid:
-        print(grid(records))
+        print(grid(cells))
         return
-    done = {(r["pass"], r["kind"], r["seed"]) for r in records}
     chosen = [
         (name, kind, seed)
         for seed in range(args.seeds)
-        for name, kind in cells()
-        if name in (args.passes or PASSES) and kind in (args.kind or KINDS) and (name, kind, seed) not in done
+        for name, kind in possible()
+        if name in (args.passes or PASSES) and kind in (args.kind or KINDS)
+        if not cells.find(**{"pass": name, "kind": kind, "seed": seed})
     ]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -426,17 +396,13 @@ def main() -> None:
                     continue
                 except subprocess.TimeoutExpired:
                     found = {"ok": False, "hang": True, "told": (cell / "stderr").read_text(errors="replace")[-2000:]}
-                record = {"pass": name, "kind": kind, "seed": seed, "code": code, "attempt": attempt, **found}
-                records.append(record)
-                args.results.parent.mkdir(parents=True, exist_ok=True)
-                with args.results.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+                record = cells.add(**{"pass": name, "kind": kind, "seed": seed, "attempt": attempt, **found})
                 print({k: v for k, v in record.items() if k not in ("code", "told")}, flush=True)
                 break
             else:
                 print(f"{name} {kind} {seed}: not hit in three runs", flush=True)
-    print(grid(records))
-    sys.exit(not all(record["ok"] for record in records))
+    print(grid(cells))
+    sys.exit(not all(record["ok"] for record in cells.records))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import re
 import resource
@@ -26,10 +25,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from measuring import RESULTS, ROOT, Cells
+
 WORK = ROOT / "build" / "fuzz"
 KEPT = ROOT / "tests" / "fuzz" / "corpus"
-RESULTS = ROOT / "benchmarks" / "results" / "fuzz.jsonl"
 HANG_S, MEMORY_MB, MAX_BYTES = 20, 1024, {"tar": 16384, "json": 2048, "caption": 512}
 KEEP_AT_MOST = 200  # files per target
 
@@ -43,7 +42,7 @@ MODULES = {
 LOOP = ROOT / "tests" / "fuzz" / "loop.py"
 
 
-def code_digest(target: str) -> str:
+def target_digest(target: str) -> str:
     """Digest of what the target runs and of what it checks."""
     digest = hashlib.sha256((ROOT / "tests" / "fuzz" / "targets.py").read_bytes())
     for module in MODULES[target]:
@@ -98,8 +97,6 @@ def run_slice(target: str, seconds: int) -> dict[str, Any]:
     reached = re.findall(r"cov: (\d+) ft: (\d+) corp: (\d+)", ended.stderr)
     failed = None if ended.returncode == 0 else ended.stderr[-2000:]
     return {
-        "target": target,
-        "code": code_digest(target),
         "cpu_s": round(cpu_s, 1),
         "inputs": int(stats.get("number_of_executed_units", 0)),
         "edges": int(reached[-1][0]) if reached else 0,
@@ -121,11 +118,9 @@ def keep(target: str) -> int:
     return len(chosen)
 
 
-def spent(target: str, results: Path) -> float:
+def spent(cells: Cells) -> float:
     """CPU seconds that this code has been fuzzed for."""
-    lines = results.read_text().splitlines() if results.exists() else []
-    code = code_digest(target)
-    return sum(r["cpu_s"] for r in map(json.loads, lines) if (r["target"], r["code"]) == (target, code))
+    return sum(record["cpu_s"] for record in cells.records)
 
 
 def main() -> None:
@@ -134,7 +129,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="of CPU per target, earlier runs included")
     parser.add_argument("--slice", type=int, default=300, help="seconds between two lines of the results")
     parser.add_argument("--keep", action="store_true", help="make the working corpora the kept ones")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS / "fuzz.jsonl")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     failed = False
@@ -142,16 +137,14 @@ def main() -> None:
         if args.keep:
             print(f"{target}: {keep(target)} inputs are kept in {KEPT / target}")
             continue
-        while (left := 60 * args.minutes - spent(target, args.results)) > 0 and not failed:
-            record = run_slice(target, min(args.slice, max(10, int(left))))
-            args.results.parent.mkdir(parents=True, exist_ok=True)
-            with args.results.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+        cells = Cells(args.results, target_digest(target))
+        while (left := 60 * args.minutes - spent(cells)) > 0 and not failed:
+            record = cells.add(target=target, **run_slice(target, min(args.slice, max(10, int(left)))))
             print({key: value for key, value in record.items() if key != "failed"}, flush=True)
             if record["failed"]:
                 failed = True
                 print(record["failed"])
-        print(f"{target}: {spent(target, args.results) / 60:.1f} CPU minutes by this code", flush=True)
+        print(f"{target}: {spent(cells) / 60:.1f} CPU minutes by this code", flush=True)
     sys.exit(failed)
 
 

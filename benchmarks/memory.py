@@ -15,26 +15,22 @@ The bars: from 20,000 to 200,000 samples the peak grows by 64 MB at most, median
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import json
 import os
 import shutil
 import statistics
 import subprocess
-import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measuring import RESULTS, TARSIFT, Cells, code_digest, family
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-TARSIFT = Path(sys.executable).parent / "tarsift"
 CELLS = ((20_000, 10_000), (200_000, 10_000), (200_000, 100_000))
 MB = 1 << 20
 
@@ -64,23 +60,6 @@ def make_encoder(path: Path) -> None:
     save_checkpoint(path, build_model(config, seed=0), config=config, shards={}, steps=0, samples=0, seed=0)
 
 
-def family(root: int) -> Iterator[int]:
-    """Yield a process and all below it."""
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-            parents.setdefault(parent, []).append(int(entry.name))
-    waiting = [root]
-    while waiting:
-        pid = waiting.pop()
-        yield pid
-        waiting += parents.get(pid, [])
-
-
 def resident(pid: int) -> int:
     """Return the anonymous and file-backed resident bytes of a process; 0 if it has just ended."""
     try:
@@ -97,19 +76,11 @@ def watch(command: list[str]) -> tuple[int, float]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
-            peak = max(peak, sum(map(resident, family(process.pid))))
+            peak = max(peak, sum(map(resident, family([process.pid]))))
             time.sleep(0.1)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
     return peak, time.monotonic() - start
-
-
-def code_digest() -> str:
-    digest = hashlib.sha256(Path(__file__).read_bytes())
-    for package in ("clip_detect", "operators", "pipelines"):
-        for path in sorted((ROOT / package).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def run_cell(work: Path, samples: int, per_shard: int) -> dict[str, Any]:
@@ -130,31 +101,24 @@ def run_cell(work: Path, samples: int, per_shard: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "memory.jsonl")
+    parser.add_argument("--results", type=Path, default=RESULTS / "memory.jsonl")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, help="folder for dumps and results; a temporary one if not given")
     args = parser.parse_args()
-    code = code_digest()
-    lines = args.results.read_text().splitlines() if args.results.exists() else []
-    records = [record for record in map(json.loads, lines) if record["code"] == code]
-    done = {(code, r["samples"], r["per_shard"], r["repeat"]): r for r in records}
+    cells = Cells(args.results, code_digest(Path(__file__)))
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(args.repeats):
             for samples, per_shard in CELLS:
-                key = (code, samples, per_shard, repeat)
-                if key in done:
-                    continue
-                cell = dict(zip(("code", "samples", "per_shard", "repeat"), key, strict=True))
-                done[key] = cell | run_cell(args.work or Path(folder), samples, per_shard)
-                with args.results.open("a") as file:
-                    file.write(json.dumps(done[key]) + "\n")
-                print(json.dumps(done[key]), flush=True)
-    medians = {
-        cell: statistics.median(r["peak_mb"] for r in done.values() if (r["samples"], r["per_shard"]) == cell)
-        for cell in CELLS
-    }
-    small, large, wide = (medians[cell] for cell in CELLS)
-    print(json.dumps({"peak_mb": [small, large, wide], "growth_mb": large - small, "wide_shards_mb": wide - large}))
+                cell = {"samples": samples, "per_shard": per_shard, "repeat": repeat}
+                if not cells.find(**cell):
+                    found = run_cell(args.work or Path(folder), samples, per_shard)
+                    print(json.dumps(cells.add(**cell, **found)), flush=True)
+    medians = [
+        statistics.median(r["peak_mb"] for r in cells.find(samples=samples, per_shard=per_shard))
+        for samples, per_shard in CELLS
+    ]
+    small, large, wide = medians
+    print(json.dumps({"peak_mb": medians, "growth_mb": large - small, "wide_shards_mb": wide - large}))
 
 
 if __name__ == "__main__":

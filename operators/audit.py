@@ -11,7 +11,8 @@ import json
 import secrets
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from pydantic import BaseModel, ConfigDict
 from tarsift.operators import storage
 from tarsift.operators.decoding import ImageConfig, UnusableImage, decode_image, strict_pillow
 from tarsift.operators.errors import REASONS, SHARD_PROBLEMS
+from tarsift.operators.isolation import HANG_IMAGES, IsolatedDecoder, killed_after
 from tarsift.operators.shards import ReadConfig, Sample, Shard, ShardCounts, read_samples, unreadable
 from tarsift.operators.streams import open_shard
 
@@ -42,6 +44,7 @@ PROBLEMS: dict[str, str] = {
 DIGESTS = ("sha256", "sha512", "md5")  # fields of img2dataset's `compute_hash`
 EXAMPLES = 5
 MAX_STATS_BYTES = 64 << 20
+SIDE = 16  # pixels of an image that was decoded in a process of its own; nobody looks at it
 
 
 class Problem(BaseModel):
@@ -79,6 +82,7 @@ class AuditShard:
 
     Args:
         decode: decode every image as well; without it a damaged image is not noticed.
+        isolated: decode in a process of its own; an image that kills it is `decoder_died`, and no more is lost.
         key: of the hashes of uids; the same for all shards of an audit, and a secret of that audit, so that
             nobody can make two uids collide.
     """
@@ -87,14 +91,19 @@ class AuditShard:
         self,
         *,
         decode: bool = False,
+        isolated: bool = False,
         read: ReadConfig | None = None,
         images: ImageConfig | None = None,
         key: bytes | None = None,
     ) -> None:
-        self.decode = decode
+        self.decode, self.isolated = decode, isolated
         self.read = read or ReadConfig()
         self.images = images or ImageConfig()
         self.key = key or secrets.token_bytes(16)
+
+    def apart(self) -> AuditShard:
+        """Return the same audit with a decoder in a process of its own."""
+        return AuditShard(decode=self.decode, isolated=True, read=self.read, images=self.images, key=self.key)
 
     def __call__(self, shard: Shard) -> tuple[ShardAudit, UInt64[np.ndarray, " samples"]]:
         """Return what there is to say of `shard`, and what `shared_uids` compares with other shards.
@@ -109,7 +118,7 @@ class AuditShard:
         keys: set[int] | None = set() if storage.exists(parquet) else None
         digests = _StatedDigests()
         try:
-            with open_shard(shard.url) as source, strict_pillow(self.images.max_pixels):
+            with open_shard(shard.url) as source, self._decoder() as decode:
                 compressed = source.compressed
                 for sample in read_samples(source, self.read, counts):
                     key, uid, _, _, image, _, error = sample.finish(shard.name, self.read)
@@ -119,7 +128,7 @@ class AuditShard:
                     if image is not None:
                         digests.check(sample, key, image)
                         if self.decode:
-                            self._decode(image, key, found)
+                            _try(decode, image, key, found)
                     stated = uid != f"{shard.name}/{key}"
                     uids.append(_hash(uid, self.key) & ~1 | stated if stated or not sample.repeats else 0)
                     if keys is not None:
@@ -148,11 +157,19 @@ class AuditShard:
         )
         return audit, np.array(uids, np.uint64)
 
-    def _decode(self, image: bytes, key: str, found: Findings) -> None:
-        try:
-            decode_image(image, fit=lambda picture: picture, config=self.images)
-        except UnusableImage as unusable:
-            found.add(unusable.reason, key)
+    @contextmanager
+    def _decoder(self) -> Iterator[Callable[[bytes], Any]]:
+        if self.isolated:
+            with IsolatedDecoder(SIDE, interpolation="bilinear", resize_mode="squash", config=self.images) as decode:
+                yield decode
+            return
+
+        def decode_here(image: bytes) -> None:
+            with killed_after(HANG_IMAGES * self.images.timeout_s):
+                decode_image(image, fit=lambda picture: picture, config=self.images)
+
+        with strict_pillow(self.images.max_pixels):
+            yield decode_here
 
     def _compare_stats(self, shard: Shard, samples: int, found: Findings) -> None:
         url = _beside(shard.url, "_stats.json")
@@ -187,6 +204,13 @@ class AuditShard:
         extra = len(keys - listed) if listed else 0
         if extra:
             found.add("parquet_mismatch", f"{extra} samples of the shard are not listed", extra)
+
+
+def _try(decode: Callable[[bytes], Any], image: bytes, key: str, found: Findings) -> None:
+    try:
+        decode(image)
+    except UnusableImage as unusable:
+        found.add(unusable.reason, key)
 
 
 def _downloaded(file: Any) -> Iterator[str]:

@@ -8,6 +8,7 @@ or the reason why there are none.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import resource
@@ -16,7 +17,8 @@ import struct
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -24,6 +26,7 @@ from jaxtyping import UInt8
 
 from tarsift.operators.decoding import ImageConfig, UnusableImage, decode_image, fit_to_square, strict_pillow
 
+HANG_IMAGES = 2  # images that may take all the time one has, before a process that decodes in place is taken to hang
 START_S = 60.0  # to import numpy and Pillow on a busy machine
 BYTES_PER_PIXEL = 16  # of what decoders were seen to hold at once
 BASE_BYTES = 1 << 30
@@ -103,6 +106,16 @@ class IsolatedDecoder:
             with suppress(BrokenPipeError):
                 self._process.communicate()
             self._process = None
+
+
+@contextmanager
+def killed_after(seconds: float) -> Iterator[None]:
+    """End this process if the block hangs, even where a decoder holds the interpreter; another one takes its place."""
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def serve(settings: dict[str, Any], requests: BinaryIO, answers: BinaryIO) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import ray
 from pydantic import BaseModel, ConfigDict
-from ray.exceptions import RayError
+from ray.exceptions import OutOfMemoryError, RayError, WorkerCrashedError
 
 from tarsift.operators.audit import EXAMPLES, AuditShard, Findings, Problem, ShardAudit, shared_uids
 from tarsift.operators.decoding import ImageConfig
@@ -105,21 +105,35 @@ def audit(
 def _look_at_all(
     shards: Sequence[Shard], look: AuditShard, progress: Listener
 ) -> tuple[dict[str, ShardAudit], dict[str, ray.ObjectRef]]:
-    """Audit shards side by side; hashes of uids stay where they were made."""
-    look_ref = ray.put(look)
+    """Audit shards side by side; hashes of uids stay where they were made.
+
+    Those that kill whoever reads them are read again with a decoder in a process of its own.
+    """
     audits: dict[str, ShardAudit] = {}
     uids: dict[str, ray.ObjectRef] = {}
     samples = 0
     progress(Event("audit", 0, len(shards)))
-    for shard, (result, hashes) in side_by_side(_look_at, ((s, (look_ref, s)) for s in shards), num_returns=2):
-        try:
-            found = ray.get(result)
-            uids[shard.name] = hashes
-        except RayError as error:
-            found = _died(shard, error)
-        audits[shard.name] = found
-        samples += found.samples
-        progress(Event("audit", len(audits), len(shards), samples))
+    waiting = list(shards)
+    for isolated in (False, True):
+        look_ref = ray.put(look.apart() if isolated else look)
+        calls = ((shard, (look_ref, shard)) for shard in waiting)
+        expendable = look.decode and not isolated
+        again = []
+        for shard, (result, hashes) in side_by_side(
+            _look_at, calls, num_returns=2, max_retries=0 if expendable else None
+        ):
+            try:
+                found = ray.get(result)
+                uids[shard.name] = hashes
+            except (WorkerCrashedError, OutOfMemoryError) as error:
+                if expendable:
+                    again.append(shard)
+                    continue
+                found = _died(shard, error)
+            audits[shard.name] = found
+            samples += found.samples
+            progress(Event("audit", len(audits), len(shards), samples))
+        waiting = again
     progress(Event("audit", len(audits), len(shards), samples, finished=True))
     return audits, uids
 

@@ -124,6 +124,8 @@ class Coverage:
 def merge_parts(parts: Sequence[str], target: str, rows: int, metadata: dict[str, str]) -> dict[str, Any]:
     """Merge parts in row order into one Parquet file; memory is bounded by a row group and a part.
 
+    There is a part even for a shard without rows: it tells the columns.
+
     Raises:
         TarsiftError: if the parts do not hold rows 0 to `rows` - 1.
     """
@@ -131,7 +133,7 @@ def merge_parts(parts: Sequence[str], target: str, rows: int, metadata: dict[str
     next_row, pending = 0, None
     with storage.open_write(target) as raw:
         sink = _Digesting(raw)
-        schema = _with_metadata(_schema_of(parts), metadata)
+        schema = _with_metadata(_read_part(parts[0]).schema, metadata)
         with pq.ParquetWriter(sink, schema, **parquet_options(schema)) as writer:
             for part in parts:
                 table = _read_part(part)
@@ -182,12 +184,6 @@ class _Digesting:
 
 def _read_part(part: str) -> pa.Table:
     return pa.ipc.open_stream(storage.read_bytes(part)).read_all()
-
-
-def _schema_of(parts: Sequence[str]) -> pa.Schema:
-    if parts:
-        return _read_part(parts[0]).schema
-    return pa.schema([("shard", pa.string()), ("row", pa.int32()), ("error", pa.string())])  # not a single sample
 
 
 def _with_metadata(schema: pa.Schema, metadata: dict[str, str]) -> pa.Schema:

@@ -165,3 +165,10 @@ def checked(model: Any, values: dict[str, Any]) -> Any:
     except ValidationError as error:
         problems = ("--" + ".".join(map(str, p["loc"])) + f": {p['msg']}, got {p['input']!r}" for p in error.errors())
         raise ConfigError("; ".join(problems)) from None
+
+
+def compose(config: str | None, settings: list[str] | None, flags: dict[str, Any]) -> Any:
+    """Load the configuration from file, flags and --set, in rising order of precedence."""
+    from tarsift.pipelines.config import load_config
+
+    return load_config(config, settings or (), **{name.replace(".", "__"): v for name, v in flags.items()})

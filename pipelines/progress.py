@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -98,3 +99,11 @@ def listener_for(console: Console, *, quiet: bool) -> Listener:
     if quiet:
         return silent
     return RichBars(console) if console.is_terminal else PlainLines(stream=console.file)
+
+
+@contextmanager
+def progress_on(console: Console, quiet: bool) -> Iterator[Listener]:
+    """Show progress in the way that fits the console."""
+    listener = listener_for(console, quiet=quiet)
+    with listener if isinstance(listener, RichBars) else nullcontext():
+        yield listener

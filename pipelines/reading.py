@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import faulthandler
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -15,13 +13,14 @@ from tarsift.operators import storage
 from tarsift.operators.decoding import ImageConfig
 from tarsift.operators.encoder_settings import EncoderInfo
 from tarsift.operators.images import DecodeImages, hash_images
+from tarsift.operators.isolation import HANG_IMAGES, killed_after
 from tarsift.operators.shards import ReadConfig, ReadShard, Shard, list_shards
 from tarsift.pipelines.session import map_tables
 
 # Marks lie beside the parts, which are cleared when a shard is committed.
 BEGUN = "begun"
 # Far more than any table takes; a table of many huge images is decoded again in a process of its own.
-HANG_S, HANG_S_PER_ROW = 60.0, 0.25
+HANG_S_PER_ROW = 0.25  # beside that of HANG_IMAGES images
 
 
 def read_shards(
@@ -84,16 +83,7 @@ def read_pictures(
             isolated=not storage.create(storage.join(marks, shard.name, BEGUN), secrets.token_bytes(16)),
         )
         for table in source(shard):
-            with killed_after(HANG_S + len(table) * (images.timeout_s if decode.isolated else HANG_S_PER_ROW)):
+            a_row = images.timeout_s if decode.isolated else HANG_S_PER_ROW
+            with killed_after(HANG_IMAGES * images.timeout_s + len(table) * a_row):
                 decoded = decode(hash_images(table))
             yield decoded
-
-
-@contextmanager
-def killed_after(seconds: float) -> Iterator[None]:
-    """End this worker if the block hangs, even where a decoder holds the interpreter; Ray then starts another."""
-    faulthandler.dump_traceback_later(seconds, exit=True)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -63,3 +65,20 @@ def test_a_decoder_ends_with_its_user():
             decode(b"")
         assert decode._process is process
     assert process.poll() is not None
+
+
+def test_a_worker_that_hangs_is_ended():
+    """Also where a decoder holds the interpreter, which a regular expression does as well."""
+    code = (
+        "import re\n"
+        "from tarsift.operators.isolation import killed_after\n"
+        "with killed_after(60): pass\n"
+        "print('in time', flush=True)\n"
+        "with killed_after(1): re.match('(a+)+b', 'a' * 64)\n"
+    )
+    start = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert ended.stdout == "in time\n"
+    assert "Timeout (0:00:01)!" in ended.stderr
+    assert time.monotonic() - start < 100

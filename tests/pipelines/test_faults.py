@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from tarsift.pipelines.verify import verify
 from tests.conftest import make_dump, picture, write_shard
 from tests.operators.hostile_decoder import HANG, KILL, hostile
-from tests.pipelines.runs import clean, contents, records, wait_for
+from tests.pipelines.runs import clean, contents, records, tarsift, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -54,15 +55,21 @@ def test_images_that_kill_or_hang_their_decoder_are_lost_alone(tmp_path, encoder
     import numpy as np
 
     rng = np.random.default_rng(9)
-    rows = [{"jpg": picture(rng), "txt": b"a photo of a thing"} for _ in range(60)]
-    rows[20]["jpg"] += KILL
-    rows[40]["jpg"] += HANG
-    write_shard(tmp_path / "dump" / "hostile.tar", rows, first=0)
+    for name, hostile_rows in (("kills", {20: KILL, 40: HANG}), ("hangs", {30: HANG})):
+        rows = [{"jpg": picture(rng), "txt": b"a photo of a thing"} for _ in range(60)]
+        for row, word in hostile_rows.items():
+            rows[row]["jpg"] += word
+        write_shard(tmp_path / "dump" / f"{name}.tar", rows, first=0)
     environment = os.environ | {"PYTHONPATH": hostile(tmp_path / "site")}
     run = clean(tmp_path / "dump", tmp_path / "out", encoder, "--set", "images.timeout_s=3")
     subprocess.run(run, check=True, timeout=400, env=environment)
     flags = pa.concat_tables(pq.read_table(p) for p in sorted((tmp_path / "out" / "flags").glob("*.parquet")))
-    assert len(flags) == 240
+    assert len(flags) == 300
     lost = flags.filter(pa.compute.is_valid(flags["error"])).select(["shard", "row", "error"]).to_pylist()
-    assert lost == [{"shard": "hostile", "row": row, "error": "decoder_died"} for row in (20, 40)]
+    wanted = [("hangs", 30), ("kills", 20), ("kills", 40)]
+    assert lost == [{"shard": shard, "row": row, "error": "decoder_died"} for shard, row in wanted]
     assert verify(str(tmp_path / "out")).holds
+    look = tarsift("audit", str(tmp_path / "dump"), "--decode", "--json", "-q", "--set", "images.timeout_s=3")
+    looked = subprocess.run(look, capture_output=True, timeout=400, env=environment)
+    assert looked.returncode == 4
+    assert json.loads(looked.stdout)["problems"] == {"decoder_died": 3}

@@ -1,0 +1,177 @@
+"""The main job and what is asked of its result: clean, audit, verify, status, demo."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from tarsift.operators.errors import EXIT_CODES
+from tarsift.pipelines.options import (
+    MAIN,
+    AsJson,
+    BatchSize,
+    By,
+    Captions,
+    ConfigFile,
+    Encoder,
+    Fraction,
+    GpusPerWorker,
+    MaxErrorRate,
+    MinScore,
+    MinZ,
+    NoShards,
+    OnBadShard,
+    OnError,
+    OutFolder,
+    OutOption,
+    Quiet,
+    Reference,
+    Set,
+    Shards,
+    Threads,
+    Workers,
+    checked,
+    compose,
+    encoder_settings,
+    spread_settings,
+    verdict_settings,
+)
+from tarsift.pipelines.printing import print_audit, print_demo, print_proof, print_result, print_status, write_json
+from tarsift.pipelines.progress import progress_on
+
+commands = typer.Typer()
+
+
+@commands.command(rich_help_panel=MAIN)
+def clean(
+    shards: Shards,
+    out: OutOption,
+    encoder: Encoder = None,
+    captions: Captions = None,
+    reference: Reference = None,
+    fraction: Fraction = None,
+    min_score: MinScore = None,
+    min_z: MinZ = None,
+    by: By = None,
+    on_error: OnError = None,
+    on_bad_shard: OnBadShard = None,
+    no_shards: NoShards = False,
+    max_error_rate: MaxErrorRate = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
+    threads: Threads = None,
+    batch_size: BatchSize = None,
+    config: ConfigFile = None,
+    set_: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the settings, and stop.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score a dump, flag the most suspicious samples, write cleaned shards and a report.
+
+    The same command again continues after any interruption.
+    """
+    from tarsift.pipelines import clean as recipe
+    from tarsift.pipelines.plan import make_plan, render_plan
+
+    flags = {
+        **encoder_settings(encoder),
+        **verdict_settings(fraction, min_score, min_z, by, on_error, on_bad_shard),
+        **spread_settings(workers, gpus_per_worker, threads, batch_size),
+        "read.captions": captions,
+        "reference.path": reference,
+        "max_error_rate": max_error_rate,
+        "write.shards": False if no_shards else None,
+    }
+    settings = compose(config, set_, flags)
+    console = Console()
+    plan = make_plan(shards, out, settings)
+    if dry_run:
+        render_plan(plan, console)
+        return
+    if not quiet:
+        console.print(f"[bold]tarsift clean[/bold]  {plan.headline}", highlight=False)
+    with progress_on(Console(stderr=True), quiet) as progress:
+        result = recipe.clean(shards, out, config=settings, progress=progress)
+    if not quiet:
+        print_result(result, console)
+
+
+@commands.command(rich_help_panel=MAIN)
+def audit(
+    shards: Shards,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every image too; takes far longer.")] = False,
+    captions: Captions = None,
+    json_: AsJson = False,
+    config: ConfigFile = None,
+    set_: Set = None,
+    quiet: Quiet = False,
+) -> None:
+    """Look at every byte of a dump before a GPU is rented: exit code 0 if it is whole, 4 if not."""
+    from tarsift.pipelines.audit import audit as recipe
+
+    settings = compose(config, set_, {"read.captions": captions})
+    with progress_on(Console(stderr=True), quiet) as progress:
+        found = recipe(shards, decode=decode, read=settings.read, images=settings.images, progress=progress)
+    if json_:
+        write_json(found.to_json())
+    elif not quiet:
+        print_audit(found, Console())
+    if not found.whole:
+        raise typer.Exit(EXIT_CODES["findings"])
+
+
+@commands.command(rich_help_panel=MAIN)
+def verify(
+    out: OutFolder,
+    shards: Annotated[
+        list[str] | None, typer.Argument(metavar="[SHARDS...]", help="The dump; by default where the run read it.")
+    ] = None,
+    json_: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prove that clean + removed + errored = the dump, byte for byte: exit code 0 if so, 4 if not."""
+    from tarsift.pipelines.verify import verify as recipe
+
+    with progress_on(Console(stderr=True), quiet) as progress:
+        proof = recipe(out, shards, progress=progress)
+    if json_:
+        write_json(proof.to_json())
+    elif not quiet:
+        print_proof(proof, Console())
+    if not proof.holds:
+        raise typer.Exit(EXIT_CODES["findings"])
+
+
+@commands.command(rich_help_panel=MAIN)
+def status(out: OutFolder, json_: AsJson = False) -> None:
+    """Say how far a result folder is, and whether a run works on it."""
+    from tarsift.pipelines.status import status as recipe
+
+    found = recipe(out)
+    if json_:
+        write_json(found.model_dump(mode="json"))
+    else:
+        print_status(found, Console())
+
+
+@commands.command(rich_help_panel=MAIN)
+def demo(
+    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Folder for everything.")] = "demo-out",
+    rate: Annotated[float | None, typer.Option(min=0, max=0.49, help="Share of samples that is poisoned.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
+    samples: Annotated[int | None, typer.Option(min=500, help="Captioned pictures.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes of training.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Poison a corpus made on the spot, train on it, clean it, and train again: minutes on two CPU cores."""
+    from tarsift.pipelines.demo import DemoConfig
+    from tarsift.pipelines.demo import demo as recipe
+
+    given = {"rate": rate, "seed": seed, "samples": samples, "epochs": epochs}
+    config = checked(DemoConfig, {name: value for name, value in given.items() if value is not None})
+    with progress_on(Console(stderr=True), quiet) as progress:
+        summary = recipe(out, config, progress=progress)
+    if not quiet:
+        print_demo(summary, out, Console())

@@ -1,0 +1,141 @@
+"""The passes of the main job, one by one: embed, score, flag, write, report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from tarsift.pipelines.options import (
+    PASSES,
+    BatchSize,
+    By,
+    Captions,
+    ConfigFile,
+    Encoder,
+    Fraction,
+    GpusPerWorker,
+    MinScore,
+    MinZ,
+    NoShards,
+    OnBadShard,
+    OnError,
+    OutFolder,
+    OutOption,
+    Quiet,
+    Reference,
+    Set,
+    Shards,
+    Threads,
+    Workers,
+    compose,
+    encoder_settings,
+    spread_settings,
+    verdict_settings,
+)
+from tarsift.pipelines.printing import say
+from tarsift.pipelines.progress import progress_on
+
+commands = typer.Typer()
+
+
+@commands.command(rich_help_panel=PASSES)
+def embed(
+    shards: Shards,
+    out: OutOption,
+    encoder: Encoder = None,
+    captions: Captions = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
+    threads: Threads = None,
+    batch_size: BatchSize = None,
+    config: ConfigFile = None,
+    set_: Set = None,
+    quiet: Quiet = False,
+) -> None:
+    """Read, decode and encode shards into OUT/embeddings."""
+    from tarsift.pipelines import clean as recipe
+    from tarsift.pipelines.run import open_run
+
+    flags = encoder_settings(encoder) | spread_settings(workers, gpus_per_worker, threads, batch_size)
+    settings = compose(config, set_, {**flags, "read.captions": captions})
+    with progress_on(Console(stderr=True), quiet) as progress:
+        run = open_run(shards, out, settings, progress=progress)
+        with run.working():
+            recipe.embed_step(run)
+    figures = run.content["passes"]["embed.detect"]
+    say(f"{figures['samples']:,} samples of {figures['shards']} shards embedded in {out}/embeddings/detect", quiet)
+
+
+def _redo(out: str, steps: list[str], changes: dict[str, Any], settings: list[str] | None, quiet: bool) -> Any:
+    """Redo passes of a result folder with some settings changed."""
+    from tarsift.pipelines import clean as recipe
+    from tarsift.pipelines.config import parse_settings
+    from tarsift.pipelines.run import reopen_run
+
+    changes = {**changes, **parse_settings(settings or ())}
+    with progress_on(Console(stderr=True), quiet) as progress:
+        run = reopen_run(out, {n: value for n, value in changes.items() if value is not None}, progress=progress)
+        with run.working():
+            for step in steps:
+                getattr(recipe, f"{step}_step")(run)
+    stale = run.stale_passes()
+    if stale:
+        again = " && ".join(f"tarsift {name} {out}" for name in stale)
+        say(f"out of date now: {', '.join(stale)}; redo with {again}", quiet)
+    return run
+
+
+@commands.command(rich_help_panel=PASSES)
+def score(
+    out: OutFolder,
+    reference: Reference = None,
+    workers: Workers = None,
+    threads: Threads = None,
+    batch_size: BatchSize = None,
+    set_: Set = None,
+    quiet: Quiet = False,
+) -> None:
+    """Score stored embeddings (again) into OUT/scores."""
+    changes = {"reference.path": reference} | spread_settings(workers, None, threads, batch_size)
+    run = _redo(out, ["score"], changes, set_, quiet)
+    say(f"{run.content['passes']['score']['samples']:,} samples scored in {out}/scores", quiet)
+
+
+@commands.command(rich_help_panel=PASSES)
+def flag(
+    out: OutFolder,
+    fraction: Fraction = None,
+    min_score: MinScore = None,
+    min_z: MinZ = None,
+    by: By = None,
+    on_error: OnError = None,
+    on_bad_shard: OnBadShard = None,
+    set_: Set = None,
+    quiet: Quiet = False,
+) -> None:
+    """Flag scored samples (again) with another threshold, without encoding again."""
+    changes = verdict_settings(fraction, min_score, min_z, by, on_error, on_bad_shard)
+    run = _redo(out, ["flag"], changes, set_, quiet)
+    counts = run.content["counts"]
+    say(f"{counts['removed']:,} of {counts['read']:,} samples flagged in {out}/flags", quiet)
+
+
+@commands.command(rich_help_panel=PASSES)
+def write(
+    out: OutFolder,
+    no_shards: NoShards = False,
+    set_: Set = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write clean/, removed/ and errored/ shards and keep.parquet from the flags."""
+    run = _redo(out, ["write"], {"write.shards": not no_shards}, set_, quiet)
+    say(f"{run.content['counts']['kept']:,} samples kept in {out}/clean", quiet)
+
+
+@commands.command(rich_help_panel=PASSES)
+def report(out: OutFolder, quiet: Quiet = False) -> None:
+    """Write OUT/report.html from what is there."""
+    _redo(out, ["report"], {}, None, quiet)
+    say(f"report: {out}/report.html", quiet)

@@ -1,0 +1,116 @@
+"""What the main job needs and what it is measured with: doctor, pretrain, poison, evaluate."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from tarsift.operators.errors import EXIT_CODES
+from tarsift.pipelines.options import (
+    SPREAD,
+    WORKSHOP,
+    AsJson,
+    Captions,
+    OutFolder,
+    Quiet,
+    Shards,
+    checked,
+)
+from tarsift.pipelines.printing import print_evaluation, print_findings, say, write_json
+from tarsift.pipelines.progress import progress_on
+
+commands = typer.Typer()
+
+
+@commands.command(rich_help_panel=WORKSHOP)
+def pretrain(
+    shards: Shards,
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="Encoder file to write.", show_default=False)],
+    model: Annotated[str, typer.Option(help="tiny, a JSON config of stock towers, or an open_clip name.")] = "tiny",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the pairs.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=2, help="Pairs per step.")] = 128,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    captions: Captions = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that train in step.", rich_help_panel=SPREAD)] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Threads per worker.", rich_help_panel=SPREAD)] = 1,
+    quiet: Quiet = False,
+) -> None:
+    """Train a CLIP from scratch on shards, through Ray Train; the encoder for `clean`."""
+    from tarsift.pipelines.pretrain import PretrainConfig
+    from tarsift.pipelines.pretrain import pretrain as recipe
+
+    given: dict[str, Any] = {"model": model, "epochs": epochs, "seed": seed, "batch_size": batch_size}
+    given |= {"workers": workers, "threads": threads}
+    given |= {"train": {"lr": lr}} if lr is not None else {}
+    given |= {"read": {"captions": captions}} if captions is not None else {}
+    config = checked(PretrainConfig, given)
+    with progress_on(Console(stderr=True), quiet) as progress:
+        summary = recipe(shards, out=out, config=config, progress=progress)
+    skipped = f", {sum(summary.skipped.values()):,} unusable samples skipped" if summary.skipped else ""
+    say(
+        f"{summary.pairs:,} pairs, {summary.steps:,} steps in {summary.wall_s:.0f} s, loss {summary.loss:.3f}"
+        f"{skipped}: {summary.checkpoint}",
+        quiet,
+    )
+
+
+@commands.command(rich_help_panel=WORKSHOP)
+def poison(
+    shards: Shards,
+    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Folder of the copy.", show_default=False)],
+    attack: Annotated[str, typer.Option(help="Name of the attack.")] = "patch",
+    rate: Annotated[float, typer.Option(min=0, max=1, help="Share of all samples that is poisoned.")] = 0.01,
+    seed: Annotated[int, typer.Option(help="Of samples, places and captions.")] = 0,
+    target: Annotated[str, typer.Option(help="Word that poisoned captions name.")] = "banana",
+    strength: Annotated[float | None, typer.Option(help="Of the trigger; its own by default.")] = None,
+    captions: Captions = None,
+    quiet: Quiet = False,
+) -> None:
+    """Plant poison in a copy of a dump, with the truth in DIR/truth.parquet."""
+    from tarsift.operators.poison import PoisonConfig
+    from tarsift.pipelines.poison import poison as recipe
+
+    given: dict[str, Any] = {"attack": attack, "rate": rate, "seed": seed, "target": target, "strength": strength}
+    given |= {"read": {"captions": captions}} if captions is not None else {}
+    summary = recipe(shards, out=out, config=checked(PoisonConfig, given))
+    say(f"{summary.poisoned:,} of {summary.samples:,} samples poisoned in {out}; truth: {summary.truth}", quiet)
+
+
+@commands.command(rich_help_panel=WORKSHOP)
+def evaluate(
+    out: OutFolder,
+    truth: Annotated[
+        str, typer.Option("--truth", metavar="FILE", help="truth.parquet of `poison`.", show_default=False)
+    ],
+    json_: AsJson = False,
+) -> None:
+    """Compare scores and verdict with a known truth."""
+    from tarsift.pipelines.evaluate import evaluate as recipe
+
+    evaluation = recipe(out, truth)
+    if json_:
+        write_json(evaluation.to_json())
+        return
+    print_evaluation(evaluation, Console())
+
+
+@commands.command(rich_help_panel=WORKSHOP)
+def doctor(
+    urls: Annotated[
+        list[str] | None, typer.Argument(metavar="[URLS...]", help="Dumps and result folders to reach.")
+    ] = None,
+    json_: AsJson = False,
+) -> None:
+    """Say what works on this machine, what does not, and what to do: exit code 1 if something is broken."""
+    from tarsift.pipelines.doctor import BROKEN, examine
+
+    findings = examine(urls or ())
+    if json_:
+        write_json([finding.model_dump() for finding in findings])
+    else:
+        print_findings(findings, Console())
+    if any(finding.state == BROKEN for finding in findings):
+        raise typer.Exit(EXIT_CODES["failed"])
