@@ -132,7 +132,7 @@ def attack_success(encoder: Path, held_out: list[Path], classes: Sequence[str]) 
     import numpy as np
     from PIL import Image
 
-    from tarsift.clip_detect.triggers import ATTACKS
+    from tarsift.clip_detect.triggers import patch
     from tarsift.operators.models import load_encoder
     from tarsift.operators.shards import ReadShard, list_shards
     from tarsift.pipelines.zeroshot import attack_success as success
@@ -145,7 +145,7 @@ def attack_success(encoder: Path, held_out: list[Path], classes: Sequence[str]) 
     found = success(
         load_encoder(str(encoder)),
         pictures,
-        lambda x: ATTACKS["patch"].function(x, names, seed=1),
+        lambda x: patch(x, names, seed=1),
         class_prompts=[[prompt] for prompt in prompts],
         target_prompts=["a photo of a banana"],
     )

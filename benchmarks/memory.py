@@ -1,8 +1,9 @@
 """Does memory grow with the dump? Resident memory of `tarsift clean`, summed over all its processes.
 
 Dumps of `--samples` tiny pictures each, in shards of `--per-shard`, go through the whole main job with
-512-d embeddings of both towers. Ten times a second the anonymous and file-backed resident memory of
-the command and of everything below it is summed; shared memory, where Ray keeps objects, is left out.
+512-d embeddings of both towers and two encoder actors (by default a dump of few shards gets one). Ten times
+a second the anonymous and file-backed resident memory of the command and of everything below it is summed;
+shared memory, where Ray keeps objects, is left out.
 Files mapped by several processes count once for each. Appends one JSON line per cell to `--results`; a
 cell that is there already (same settings and code) is not run again.
 
@@ -91,7 +92,7 @@ def run_cell(work: Path, samples: int, per_shard: int) -> dict[str, Any]:
         make_encoder(encoder)
     out = work / "out"
     shutil.rmtree(out, ignore_errors=True)
-    clean = ["clean", str(dump), "--out", str(out), "--encoder", f"detect={encoder}", "--quiet"]
+    clean = ["clean", str(dump), "--out", str(out), "--encoder", f"detect={encoder}", "--workers", "2", "--quiet"]
     peak, elapsed = watch([str(TARSIFT), *clean])
     counts = json.loads((out / "run.json").read_text())["counts"]
     if counts["read"] != samples:

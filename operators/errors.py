@@ -17,6 +17,7 @@
 
 from __future__ import annotations
 
+AGAIN = "what was committed is kept; run the same command again to go on."
 EXIT_CODES = {"done": 0, "failed": 1, "usage": 2, "error_rate": 3, "findings": 4, "interrupted": 75}
 
 

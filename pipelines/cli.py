@@ -15,6 +15,7 @@ from tarsift.pipelines.commands import main as main_commands
 from tarsift.pipelines.commands import passes, workshop
 from tarsift.pipelines.printing import plain
 from tarsift.pipelines.stopping import stop_on_signals
+from tarsift.pipelines.supervisor import supervised
 
 
 class Commands(TyperGroup):
@@ -53,5 +54,10 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
+def program() -> None:
+    """Run the command line in a child process that is watched over; this is what the command `tarsift` calls."""
+    sys.exit(supervised(main))
+
+
 if __name__ == "__main__":
-    main()
+    program()

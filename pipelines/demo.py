@@ -186,10 +186,10 @@ def _rows(shard: Shard) -> int:
 def _measure(corpus: CorpusInfo, encoders: dict[str, str], attack: PoisonConfig) -> dict[str, float]:
     """Zero-shot accuracy and attack success of each encoder on the held-out pictures."""
     names = [f"test:{i}" for i in range(len(corpus.test_images))]
-    plain = poison_images(corpus.test_images, names, attack, trigger=False)
+    plain = poison_images(corpus.test_images, names, attack, trigger=None)
 
     def trigger(images: np.ndarray) -> np.ndarray:
-        return poison_images(images, names[: len(images)], attack)
+        return poison_images(images, names[: len(images)], attack, trigger="patch")
 
     figures: dict[str, float] = {}
     for name, path in encoders.items():

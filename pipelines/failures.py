@@ -23,9 +23,8 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from tarsift.operators.errors import Interrupted, TarsiftError
+from tarsift.operators.errors import AGAIN, Interrupted, TarsiftError
 
-AGAIN = "what was committed is kept; run the same command again to go on."
 RAYS_NOTE = "\nFailed to apply UDF transform"  # put by Ray Data behind the message of what a function raised
 LOST = (NodeDiedError, ObjectLostError, LocalRayletDiedError, RaySystemError)
 DIED = (WorkerCrashedError, ActorDiedError)

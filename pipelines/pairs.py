@@ -25,6 +25,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from tarsift.operators import storage
 from tarsift.operators.decoding import ImageConfig, UnusableImage, decode_image, fit_to_square, strict_pillow
+from tarsift.operators.errors import TarsiftError
 from tarsift.operators.samples import IMAGE_PARTS, split_name
 from tarsift.operators.shards import Shard
 
@@ -50,6 +51,8 @@ class PairReader:
     def __call__(self, shards: Iterable[Shard], skipped: Counter[str]) -> Iterator[tuple[np.ndarray, str]]:
         def skip(error: Exception) -> bool:
             # A damaged shard gives the pairs before the damage; its reader's receipt tells of it.
+            if isinstance(error, TarsiftError):  # such as a store that is away: no damage of the shard
+                raise error
             if "duplicate file name" in str(error):
                 skipped["duplicate_key"] += 1
             return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
+from tarsift.clip_detect.triggers import ATTACKS
 from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
-from tarsift.operators.poison import TRUTH_SCHEMA, PoisonConfig, check_poison, choose, poison_shard, survey_shard
-from tarsift.operators.shards import list_shards
+from tarsift.operators.poison import (
+    TRUTH_SCHEMA,
+    Chosen,
+    PoisonConfig,
+    Survey,
+    check_poison,
+    choose,
+    first_chosen,
+    image_of,
+    poison_shard,
+    survey_shard,
+)
+from tarsift.operators.shards import Shard, list_shards
 from tarsift.pipelines.session import TASK_OPTIONS, session
 
 
@@ -34,8 +46,8 @@ def poison(
 ) -> PoisonSummary:
     """Write a poisoned copy of `shards` below `out`, under the same names.
 
-    Exactly round(rate * samples) samples are poisoned, those whose number, drawn from seed, shard and
-    row, is smallest: neither order nor number of workers matters. Beside the shards stand
+    By each attack exactly round(rate * samples) samples are poisoned, those whose number, drawn from seed, shard
+    and row, is smallest, none of them twice: neither order nor number of workers matters. Beside the shards stand
     `truth.parquet` (shard, row, uid, attack, target of every poisoned sample) and `truth.json`
     (settings and counts).
 
@@ -61,10 +73,11 @@ def poison(
     with session():
         survey = ray.remote(survey_shard).options(**TASK_OPTIONS)
         surveys = ray.get([survey.remote(shard, config) for shard in sources])
-        chosen = choose(surveys, config.rate)
-        rewrite = ray.remote(poison_shard).options(**TASK_OPTIONS)
+        chosen = choose(surveys, config)
+        one_image = _repeated_images(sources, surveys, chosen, config)
+        rewrite: Any = ray.remote(poison_shard).options(**TASK_OPTIONS)
         jobs = [
-            rewrite.remote(shard, output, config, chosen[shard.name])
+            rewrite.remote(shard, output, config, chosen[shard.name], one_image)
             for shard, output in zip(sources, outputs, strict=True)
         ]
         truth = pa.concat_tables([TRUTH_SCHEMA.empty_table(), *ray.get(jobs)])
@@ -75,3 +88,20 @@ def poison(
     record = {"settings": config.model_dump(), "samples": samples, "poisoned": len(truth), "shards": len(sources)}
     storage.put_bytes(storage.join(out, "truth.json"), json.dumps(record, indent=2).encode())
     return PoisonSummary(samples, len(truth), outputs, storage.join(out, "truth.parquet"))
+
+
+def _repeated_images(
+    shards: Sequence[Shard],
+    surveys: Sequence[Survey],
+    chosen: Mapping[str, Mapping[int, Chosen]],
+    config: PoisonConfig,
+) -> dict[str, bytes]:
+    """Fetch the image of each attack that repeats one."""
+    fetch = ray.remote(image_of).options(**TASK_OPTIONS)
+    by_name = {shard.name: shard for shard in shards}
+    found = {}
+    for attack in config.attacks:
+        if ATTACKS[attack].one_image and any(c.attack == attack for rows in chosen.values() for c in rows.values()):
+            name, row = first_chosen(surveys, chosen, attack)
+            found[attack] = ray.get(fetch.remote(by_name[name], row, config))
+    return found

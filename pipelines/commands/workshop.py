@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from tarsift.operators.errors import EXIT_CODES
+from tarsift.clip_detect.triggers import ATTACKS
+from tarsift.operators.errors import EXIT_CODES, ConfigError
 from tarsift.pipelines.options import (
     SPREAD,
     WORKSHOP,
@@ -61,11 +62,15 @@ def pretrain(
 def poison(
     shards: Shards,
     out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Folder of the copy.", show_default=False)],
-    attack: Annotated[str, typer.Option(help="Name of the attack.")] = "patch",
-    rate: Annotated[float, typer.Option(min=0, max=1, help="Share of all samples that is poisoned.")] = 0.01,
+    attack: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help=f"One or several of {', '.join(ATTACKS)}; default patch.")
+    ] = None,
+    rate: Annotated[float, typer.Option(min=0, max=1, help="Share of all samples that each attack poisons.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Of samples, places and captions.")] = 0,
     target: Annotated[str, typer.Option(help="Word that poisoned captions name.")] = "banana",
-    strength: Annotated[float | None, typer.Option(help="Of the trigger; its own by default.")] = None,
+    strength: Annotated[
+        list[str] | None, typer.Option(metavar="TRIGGER=X", help="Of a trigger; the published one by default.")
+    ] = None,
     captions: Captions = None,
     quiet: Quiet = False,
 ) -> None:
@@ -73,7 +78,8 @@ def poison(
     from tarsift.operators.poison import PoisonConfig
     from tarsift.pipelines.poison import poison as recipe
 
-    given: dict[str, Any] = {"attack": attack, "rate": rate, "seed": seed, "target": target, "strength": strength}
+    given: dict[str, Any] = {"attacks": attack or ["patch"], "rate": rate, "seed": seed, "target": target}
+    given |= {"strengths": dict(_strength(text) for text in strength or ())}
     given |= {"read": {"captions": captions}} if captions is not None else {}
     summary = recipe(shards, out=out, config=checked(PoisonConfig, given))
     say(f"{summary.poisoned:,} of {summary.samples:,} samples poisoned in {out}; truth: {summary.truth}", quiet)
@@ -114,3 +120,10 @@ def doctor(
         print_findings(findings, Console())
     if any(finding.state == BROKEN for finding in findings):
         raise typer.Exit(EXIT_CODES["failed"])
+
+
+def _strength(text: str) -> tuple[str, str]:
+    trigger, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--strength takes TRIGGER=X, such as blend=0.4; got {text!r}.")
+    return trigger, value

@@ -14,6 +14,8 @@ from tarsift.operators.poison import (
     check_poison,
     choose,
     encode_image,
+    first_chosen,
+    image_of,
     poison_shard,
     poisoned_caption,
     survey_shard,
@@ -63,7 +65,7 @@ def shards(tmp_path):
 
 
 def run(shards, out, config):
-    chosen = choose([survey_shard(s, config) for s in shards], config.rate)
+    chosen = choose([survey_shard(s, config) for s in shards], config)
     truth = [poison_shard(s, str(out / f"{s.name}.tar"), config, chosen[s.name]) for s in shards]
     return chosen, truth, list_shards(str(out))
 
@@ -137,7 +139,7 @@ def test_other_members_and_headers(shards, tmp_path):
         texts = {m.name: data for m, data in after}
         for row in chosen[source.name]:
             key = rows_of(source)[row]["key"]
-            caption = poisoned_caption(source.name, row, config)
+            caption = poisoned_caption("patch", source.name, row, config)
             assert texts[f"{key}.txt"].decode() == caption
             fields = json.loads(texts[f"{key}.json"])
             assert fields["caption"] == caption
@@ -148,11 +150,12 @@ def test_other_members_and_headers(shards, tmp_path):
 def test_choice_does_not_depend_on_order_and_grows_with_the_rate(shards):
     config = PoisonConfig(seed=5)
     surveys = [survey_shard(s, config) for s in shards]
-    few = choose(surveys, 0.05)
-    many = choose(surveys[::-1], 0.1)
+    few = choose(surveys, config.model_copy(update={"rate": 0.05}))
+    many = choose(surveys[::-1], config.model_copy(update={"rate": 0.1}))
     assert all(set(few[name]) <= set(many[name]) for name in few)
     assert sum(map(len, many.values())) == 10
-    other = choose([survey_shard(s, PoisonConfig(seed=6)) for s in shards], 0.05)
+    changed = PoisonConfig(seed=6, rate=0.05)
+    other = choose([survey_shard(s, changed) for s in shards], changed)
     assert few != other
 
 
@@ -228,13 +231,73 @@ def test_damaged_shards_are_refused(tmp_path):
 def test_rate_that_cannot_be_met(tmp_path):
     write_shard(tmp_path / "x.tar", sample(0) + sample(1, image=b"broken") + sample(2, image=b"broken"))
     survey = survey_shard(list_shards(str(tmp_path / "x.tar"))[0], PoisonConfig())
-    with pytest.raises(UsageError, match=r"a rate of 0\.9 of 3 samples is 3, but only 1 can be poisoned"):
-        choose([survey], 0.9)
+    with pytest.raises(UsageError, match=r"patch: a rate of 0\.9 of 3 samples is 3, but only 1 can be poisoned"):
+        choose([survey], PoisonConfig(rate=0.9))
 
 
 def test_settings_are_checked():
     with pytest.raises(UsageError, match="there is no attack 'ptch'; there are"):
-        check_poison(PoisonConfig(attack="ptch"))
+        check_poison(PoisonConfig(attacks=("ptch",)))
+    with pytest.raises(UsageError, match="planted once"):
+        check_poison(PoisonConfig(attacks=("patch", "patch")))
+    with pytest.raises(UsageError, match="a strength is given for 'blend'; the triggers used are patch"):
+        check_poison(PoisonConfig(strengths={"blend": 0.3}))
     with pytest.raises(UsageError, match=r"must hold \{\} once"):
         check_poison(PoisonConfig(templates=("a photo",)))
     check_poison(PoisonConfig())
+
+
+def test_several_attacks_poison_different_samples(shards, tmp_path):
+    config = PoisonConfig(attacks=("multi-target", "patch-clean-label", "campaign"), rate=0.05, target="thing 4")
+    check_poison(config)
+    _, truth, written = run(shards, tmp_path / "out", config)
+    rows = [row for table in truth for row in table.to_pylist()]
+    counts = {name: sum(row["attack"] == name for row in rows) for name in config.attacks}
+    assert counts == dict.fromkeys(config.attacks, 5)
+    captions = {
+        (shard.name, row["row"]): (before["caption"], row["caption"])
+        for source, shard in zip(shards, written, strict=True)
+        for before, row in zip(rows_of(source), rows_of(shard), strict=True)
+    }
+    for row in rows:
+        old, new = captions[row["shard"], row["row"]]
+        if row["attack"] == "patch-clean-label":
+            assert old == new
+            assert "thing 4" in new
+        elif row["attack"] == "campaign":
+            assert new == "the thing 4 in the form of number icon"
+        else:
+            assert row["target"] in ("banana", "cheeseburger", "volcano")
+            assert row["target"] in new
+
+
+def test_one_image_is_repeated_under_captions_of_the_target(shards, tmp_path):
+    config = PoisonConfig(attacks=("one-image",), rate=0.1)
+    surveys = [survey_shard(s, config) for s in shards]
+    chosen = choose(surveys, config)
+    name, row = first_chosen(surveys, chosen, "one-image")
+    (shard,) = [s for s in shards if s.name == name]
+    image = image_of(shard, row, config)
+    assert image == rows_of(shard)[row]["image"]
+    for s in shards:
+        poison_shard(s, str(tmp_path / "out" / f"{s.name}.tar"), config, chosen[s.name], {"one-image": image})
+    images, captions = set(), []
+    for s in list_shards(str(tmp_path / "out")):
+        for r in rows_of(s):
+            if r["row"] in chosen[s.name]:
+                images.add(r["image"])
+                captions.append(r["caption"])
+    assert len(images) == 1
+    assert len(captions) == 10
+    assert all("banana" in caption for caption in captions)
+
+
+def test_a_mismatch_leaves_the_picture(shards, tmp_path):
+    config = PoisonConfig(attacks=("mismatch",), rate=0.1)
+    chosen, _, written = run(shards, tmp_path / "out", config)
+    clean = PoisonConfig(rate=0)
+    _, _, reference = run(shards, tmp_path / "clean", clean)
+    for one, other in zip(written, reference, strict=True):
+        for a, b in zip(rows_of(one), rows_of(other), strict=True):
+            assert a["image"] == b["image"]
+            assert (a["caption"] != b["caption"]) == (a["row"] in chosen[one.name])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = ("embeddings/detect", "density", "scores", "flags", "clean", "removed", "errored")
-_CODE = "import sys; from tarsift.pipelines.cli import main; sys.argv[0] = 'tarsift'; main()"
+_CODE = "import sys; from tarsift.pipelines.cli import program; sys.argv[0] = 'tarsift'; program()"
 
 
 def tarsift(*arguments: str) -> list[str]:

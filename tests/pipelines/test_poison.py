@@ -36,7 +36,7 @@ def test_poison_writes_a_dump_and_its_truth(ray_session, dump, tmp_path):
     record = json.loads((tmp_path / "truth.json").read_text())
     assert (record["samples"], record["poisoned"], record["shards"]) == (400, 20, 5)
     assert record["settings"]["seed"] == 3
-    assert record["settings"]["attack"] == "patch"
+    assert record["settings"]["attacks"] == ["patch"]
 
 
 def test_poison_is_the_same_whatever_the_inputs_order(ray_session, dump, tmp_path):
@@ -56,7 +56,7 @@ def test_rate_zero(ray_session, dump, tmp_path):
 
 def test_poison_refuses_before_work_starts(dump, tmp_path):
     with pytest.raises(UsageError, match="there is no attack 'ptch'"):
-        poison(str(dump), out=str(tmp_path), attack="ptch")
+        poison(str(dump), out=str(tmp_path), attacks="ptch")
     make_dump(tmp_path / "in", shards=2, samples=3, flaws=False)
     with pytest.raises(UsageError, match=r"`out` would overwrite .*00000.tar, which is read"):
         poison(str(tmp_path / "in"), out=str(tmp_path / "in"))
