@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -103,7 +103,11 @@ def listener_for(console: Console, *, quiet: bool) -> Listener:
 
 @contextmanager
 def progress_on(console: Console, quiet: bool) -> Iterator[Listener]:
-    """Show progress in the way that fits the console."""
+    """Show progress in the way that fits the console; for commands, whose answers follow when the block has ended.
+
+    What is printed in the block, as Ray does when a worker dies, goes to the standard error: the standard output is
+    for answers.
+    """
     listener = listener_for(console, quiet=quiet)
-    with listener if isinstance(listener, RichBars) else nullcontext():
+    with redirect_stdout(sys.stderr), listener if isinstance(listener, RichBars) else nullcontext():
         yield listener

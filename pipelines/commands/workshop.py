@@ -81,7 +81,9 @@ def poison(
     given: dict[str, Any] = {"attacks": attack or ["patch"], "rate": rate, "seed": seed, "target": target}
     given |= {"strengths": dict(_strength(text) for text in strength or ())}
     given |= {"read": {"captions": captions}} if captions is not None else {}
-    summary = recipe(shards, out=out, config=checked(PoisonConfig, given))
+    config = checked(PoisonConfig, given)
+    with progress_on(Console(stderr=True), quiet):
+        summary = recipe(shards, out=out, config=config)
     say(f"{summary.poisoned:,} of {summary.samples:,} samples poisoned in {out}; truth: {summary.truth}", quiet)
 
 
@@ -113,7 +115,8 @@ def doctor(
     """Say what works on this machine, what does not, and what to do: exit code 1 if something is broken."""
     from tarsift.pipelines.doctor import BROKEN, examine
 
-    findings = examine(urls or ())
+    with progress_on(Console(stderr=True), quiet=True):
+        findings = examine(urls or ())
     if json_:
         write_json([finding.model_dump() for finding in findings])
     else:
