@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from tarsift.operators.decoding import ImageConfig, UnusableImage, decode_image, strict_pillow
-from tarsift.operators.errors import TarsiftError
+from tarsift.operators.errors import StoreError, TarsiftError
 from tarsift.operators.listing import Shard
 from tarsift.operators.shards import fetch_members
 
@@ -129,14 +129,14 @@ def _fetch(shard: Shard, pictures: Sequence[Picture]) -> list[bytes | str]:
     ranges = [(p.offset, p.size) for p in pictures]
     try:
         return list(fetch_members(shard, ranges))
+    except (StoreError, OSError, ValueError, EOFError):
+        return ["its shard cannot be read"] * len(ranges)
     except TarsiftError:  # the shard is shorter than one of them asks: the others may still be there
         if len(ranges) == 1:
             return ["its shard was changed since it was read"]
         if shard.url.endswith(("gz", "tgz")):
             return ["its shard was changed since it was read"] * len(ranges)
         return [_fetch(shard, [p])[0] for p in pictures]
-    except (OSError, ValueError, EOFError):
-        return ["its shard cannot be read"] * len(ranges)
 
 
 def thumbnail(data: bytes, edge: int, images: ImageConfig) -> Thumbnail:

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tarsift.operators import storage
-from tarsift.operators.errors import EXIT_CODES, BusyError, FencedError
+from tarsift.operators.errors import EXIT_CODES, BusyError, FencedError, StoreError
 from tarsift.pipelines import lock
 from tarsift.pipelines.ledger import Ledger, RunFile
 
@@ -119,3 +119,32 @@ def test_what_is_no_record_is_passed_over(out):
     assert lock.last_holder(out) is None
     with lock.hold(out) as holder:
         assert holder.number == 2
+
+
+def test_a_store_that_is_away_stops_no_beat(out, monkeypatch):
+    """Its errors are no OSError; a thread that died of one would have the lock taken for dead."""
+    put, failed = storage.put_bytes, []
+
+    def away(url, data):
+        if len(failed) < 3 and b'"beat": 0' not in data:
+            failed.append(url)
+            raise StoreError("nobody there")
+        put(url, data)
+
+    with lock.hold(out):
+        monkeypatch.setattr(storage, "put_bytes", away)
+        deadline = time.monotonic() + 30
+        while not (beaten := lock.last_holder(out).beat) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert beaten
+    assert len(failed) == 3
+    assert lock.last_holder(out).released
+
+
+def test_letting_go_of_a_store_that_is_away(out, monkeypatch):
+    def away(url, data):
+        raise StoreError("nobody there")
+
+    with lock.hold(out):
+        monkeypatch.setattr(storage, "put_bytes", away)
+    assert out not in lock._held

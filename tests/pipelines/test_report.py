@@ -16,8 +16,9 @@ from PIL import Image
 
 from tarsift.clip_detect.threshold import from_ordered_bits, ordered_bits
 from tarsift.operators.decoding import ImageConfig
-from tarsift.operators.errors import UsageError
-from tarsift.pipelines.report import ReportConfig, write_report
+from tarsift.operators.errors import StoreError, UsageError
+from tarsift.operators.listing import Shard
+from tarsift.pipelines.report import ReportConfig, pictures, write_report
 from tarsift.pipelines.report.answers import round_up
 from tarsift.pipelines.report.charts import Histogram, columns_svg, histogram_svg, share_svg, short_number, ticks
 from tarsift.pipelines.report.folds import Overview, Tally, normalise, quantile, words_of
@@ -700,3 +701,17 @@ def test_the_resolved_configuration_is_on_the_page(planted, page):
     assert "policy: fraction" in page.part("Resolved configuration", "Versions")
     assert json.loads((planted.out / "run.json").read_text())["versions"]["pyarrow"] in page.text
     assert f"tarsift flag {planted.out} --fraction 0.02 && tarsift write {planted.out}" in page.text
+
+
+def test_a_store_that_is_away_leaves_gaps_after_one_attempt(monkeypatch):
+    asked = []
+
+    def away(shard, ranges):
+        asked.append(len(ranges))
+        raise StoreError("nobody there")
+
+    monkeypatch.setattr(pictures, "fetch_members", away)
+    wanted = [pictures.Picture(shard="s", row=i, offset=512 * i, size=9, sha256=None, edge=9) for i in range(3)]
+    found = pictures.make_thumbnails(wanted, {"s": Shard("s", "s3://b/s.tar", 9)}, images=ImageConfig())
+    assert found.missing == {"its shard cannot be read": 3}
+    assert asked == [3]
