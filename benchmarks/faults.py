@@ -27,14 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measuring import RESULTS as RESULT_FILES
-from measuring import ROOT, Cells, code_digest, family, stats, title
+from measuring import RESULTS, ROOT, Cells, code_digest, family, stats, title
 
 sys.path.insert(0, str(ROOT))
 
-from tests.conftest import make_dump
-from tests.pipelines.runs import RESULTS, clean, contents
-from tests.pipelines.store import Store, s3_server
+from tests.conftest import make_dump, make_encoder
+from tests.pipelines.runs import clean, contents
+from tests.pipelines.store import Store, files_of, s3_server, stored
 
 SHARDS, SAMPLES = 8, 60
 HANG_S = 300.0
@@ -68,7 +67,7 @@ class Case:
     def records(self) -> dict[str, float]:
         """Return when each record was put, by `<pass>/<shard>`."""
         if self.store:
-            files = bucket(self.store)
+            files = files_of(self.store)
             found = files.find("bucket/out/ledger", detail=True) if files.exists("bucket/out/ledger") else {}
             return {path.partition("ledger/")[2]: info["LastModified"].timestamp() for path, info in found.items()}
         return {str(p.relative_to(self.out / "ledger")): p.stat().st_mtime for p in self.out.glob("ledger/*/*.json")}
@@ -233,22 +232,13 @@ def possible() -> list[tuple[str, str]]:
     return [(name, kind) for kind, about in KINDS.items() for name in PASSES if name not in about.not_in]
 
 
-def bucket(store: Store) -> Any:
-    """Return the store's files, past the proxy that fails."""
-    import fsspec
-
-    given = store.environment
-    keys = {"key": given["AWS_ACCESS_KEY_ID"], "secret": given["AWS_SECRET_ACCESS_KEY"]}
-    return fsspec.filesystem("s3", endpoint_url=store.direct, use_listings_cache=False, **keys)
-
-
 @contextmanager
 def surroundings(kind: str, folder: Path) -> Iterator[tuple[dict[str, str], Path, Any]]:
     """Make what a kind of fault needs: environment of the run, its result folder, and a store or a cluster."""
     environment: dict[str, str] = {**os.environ, "OMP_NUM_THREADS": "1"}
     if kind == "store":
         with s3_server() as store:
-            files = bucket(store)
+            files = files_of(store)
             files.mkdir("bucket")
             files.put(str(folder / "dump"), "bucket/dump", recursive=True)
             yield environment | store.environment, folder / "unused", store
@@ -324,7 +314,7 @@ def run_cell(name: str, kind: str, seed: int, folder: Path, encoder: str, whole:
             (out.parent / "filler").unlink(missing_ok=True)
             codes.append(subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, timeout=600).returncode)
         after = case.records()
-        found = stored(store) if store else contents(out)
+        found = stored(store, "bucket/out") if store else contents(out)
     redone = [key for key in before if before[key] != after.get(key)]
     right = code in (about.exit_code, 0) and codes[-1] == 0 and (kind != "second" or hit.endswith("with 75"))
     return {
@@ -339,28 +329,12 @@ def run_cell(name: str, kind: str, seed: int, folder: Path, encoder: str, whole:
     }
 
 
-def stored(store: Store) -> dict[str, bytes]:
-    files = bucket(store)
-    found = {
-        path.removeprefix("bucket/out/"): files.cat_file(path)
-        for results in RESULTS
-        for path in files.find(f"bucket/out/{results}")
-        if "/.parts/" not in path
-    }
-    return {**found, "keep.parquet": files.cat_file("bucket/out/keep.parquet")}
-
-
 def make_inputs(work: Path) -> tuple[str, dict[str, bytes]]:
     """Write the dump and an encoder, and return the encoder and what an undisturbed run makes of the dump."""
-    from tarsift.operators.checkpoints import save_checkpoint
-    from tarsift.operators.models import build_model, model_config
-
     make_dump(work / "dump", shards=SHARDS, samples=SAMPLES)
-    encoder = work / "enc.pt"
-    model = build_model("tiny", seed=0)
-    save_checkpoint(encoder, model, config=model_config("tiny"), shards={}, steps=0, samples=0, seed=0)
-    subprocess.run(clean(work / "dump", work / "whole", str(encoder)), check=True)
-    return str(encoder), contents(work / "whole")
+    encoder = make_encoder(work / "enc.pt")
+    subprocess.run(clean(work / "dump", work / "whole", encoder), check=True)
+    return encoder, contents(work / "whole")
 
 
 def grid(cells: Cells) -> str:
@@ -381,7 +355,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=KINDS, action="append")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--grid", action="store_true")
-    parser.add_argument("--results", type=Path, default=RESULT_FILES / "faults.jsonl")
+    parser.add_argument("--results", type=Path, default=RESULTS / "faults.jsonl")
     args = parser.parse_args()
     cells = Cells(args.results, code_digest(Path(__file__)))
     if args.grid:

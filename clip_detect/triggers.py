@@ -207,11 +207,6 @@ class AttackSpec:
         """Whether the poisoned sample gets another caption."""
         return self.label != "clean"
 
-    @property
-    def has_trigger(self) -> bool:
-        """Whether a model could be made to misbehave by a trigger put into a picture."""
-        return any(part.trigger != "none" for part in self.parts)
-
     def part_of(self, identity: str, *, seed: int) -> Part:
         """Return which of the triggers a sample gets."""
         if len(self.parts) == 1:

@@ -276,9 +276,12 @@ def triggered(
     for trigger in {part.trigger for part in parts}:
         rows = [i for i, part in enumerate(parts) if part.trigger == trigger]
         names = [identities[i] for i in rows]
-        strength = config.strengths.get(trigger)
-        out[rows] = TRIGGERS[trigger](images[rows], names, seed=config.seed, strength=strength)
+        out[rows] = _put(trigger, images[rows], names, config)
     return out
+
+
+def _put(trigger: str, images: np.ndarray, identities: Sequence[str], config: PoisonConfig) -> np.ndarray:
+    return TRIGGERS[trigger](images, identities, seed=config.seed, strength=config.strengths.get(trigger))
 
 
 def poison_images(
@@ -293,8 +296,7 @@ def poison_images(
         trigger: a name in TRIGGERS; None: pictures are encoded and decoded only, for comparison.
     """
     if trigger is not None:
-        strength = config.strengths.get(trigger)
-        images = TRIGGERS[trigger](images, identities, seed=config.seed, strength=strength)
+        images = _put(trigger, images, identities, config)
     return np.stack([np.asarray(Image.open(io.BytesIO(encode_image(x, "JPEG", config)))) for x in images])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -188,6 +189,14 @@ def print_demo(summary: Any, out: str, console: Console) -> None:
 def write_json(value: Any) -> None:
     """Print JSON to stdout."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def answer(value: Any, show: Callable[[Console], None], *, as_json: bool, quiet: bool = False) -> None:
+    """Write what a command found: `value` as JSON, else by `show`, else, if quiet, not at all."""
+    if as_json:
+        write_json(value)
+    elif not quiet:
+        show(Console())
 
 
 def plain(error: BaseException) -> str:

@@ -102,12 +102,12 @@ def listener_for(console: Console, *, quiet: bool) -> Listener:
 
 
 @contextmanager
-def progress_on(console: Console, quiet: bool) -> Iterator[Listener]:
-    """Show progress in the way that fits the console; for commands, whose answers follow when the block has ended.
+def shown_progress(quiet: bool) -> Iterator[Listener]:
+    """Show progress in the way that fits the standard error; for commands, whose answers follow the block.
 
     What is printed in the block, as Ray does when a worker dies, goes to the standard error: the standard output is
     for answers.
     """
-    listener = listener_for(console, quiet=quiet)
+    listener = listener_for(Console(stderr=True), quiet=quiet)
     with redirect_stdout(sys.stderr), listener if isinstance(listener, RichBars) else nullcontext():
         yield listener

@@ -73,14 +73,17 @@ def undisturbed(tmp_path_factory, encoder):
     return folder
 
 
-@pytest.fixture(scope="session")
-def encoder(tmp_path_factory):
-    """A small encoder with random weights: enough for everything but detection."""
+def make_encoder(path) -> str:
+    """Write a small encoder with random weights: enough for everything but detection."""
     from tarsift.operators.checkpoints import save_checkpoint
     from tarsift.operators.models import build_model, model_config
 
-    path = tmp_path_factory.mktemp("encoder") / "enc.pt"
     save_checkpoint(
         path, build_model("tiny", seed=0), config=model_config("tiny"), shards={}, steps=0, samples=0, seed=0
     )
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory):
+    return make_encoder(tmp_path_factory.mktemp("encoder") / "enc.pt")

@@ -38,8 +38,8 @@ from tarsift.pipelines.options import (
     spread_settings,
     verdict_settings,
 )
-from tarsift.pipelines.printing import print_audit, print_demo, print_proof, print_result, print_status, write_json
-from tarsift.pipelines.progress import progress_on
+from tarsift.pipelines.printing import answer, print_audit, print_demo, print_proof, print_result, print_status
+from tarsift.pipelines.progress import shown_progress
 
 commands = typer.Typer()
 
@@ -92,7 +92,7 @@ def clean(
         return
     if not quiet:
         console.print(f"[bold]tarsift clean[/bold]  {plan.headline}", highlight=False)
-    with progress_on(Console(stderr=True), quiet) as progress:
+    with shown_progress(quiet) as progress:
         result = recipe.clean(shards, out, config=settings, progress=progress)
     if not quiet:
         print_result(result, console)
@@ -112,12 +112,9 @@ def audit(
     from tarsift.pipelines.audit import audit as recipe
 
     settings = compose(config, set_, {"read.captions": captions})
-    with progress_on(Console(stderr=True), quiet) as progress:
+    with shown_progress(quiet) as progress:
         found = recipe(shards, decode=decode, read=settings.read, images=settings.images, progress=progress)
-    if json_:
-        write_json(found.to_json())
-    elif not quiet:
-        print_audit(found, Console())
+    answer(found.to_json(), lambda console: print_audit(found, console), as_json=json_, quiet=quiet)
     if not found.whole:
         raise typer.Exit(EXIT_CODES["findings"])
 
@@ -134,12 +131,9 @@ def verify(
     """Prove that clean + removed + errored = the dump, byte for byte: exit code 0 if so, 4 if not."""
     from tarsift.pipelines.verify import verify as recipe
 
-    with progress_on(Console(stderr=True), quiet) as progress:
+    with shown_progress(quiet) as progress:
         proof = recipe(out, shards, progress=progress)
-    if json_:
-        write_json(proof.to_json())
-    elif not quiet:
-        print_proof(proof, Console())
+    answer(proof.to_json(), lambda console: print_proof(proof, console), as_json=json_, quiet=quiet)
     if not proof.holds:
         raise typer.Exit(EXIT_CODES["findings"])
 
@@ -150,10 +144,7 @@ def status(out: OutFolder, json_: AsJson = False) -> None:
     from tarsift.pipelines.status import status as recipe
 
     found = recipe(out)
-    if json_:
-        write_json(found.model_dump(mode="json"))
-    else:
-        print_status(found, Console())
+    answer(found.model_dump(mode="json"), lambda console: print_status(found, console), as_json=json_)
 
 
 @commands.command(rich_help_panel=MAIN)
@@ -171,7 +162,7 @@ def demo(
 
     given = {"rate": rate, "seed": seed, "samples": samples, "epochs": epochs}
     config = checked(DemoConfig, {name: value for name, value in given.items() if value is not None})
-    with progress_on(Console(stderr=True), quiet) as progress:
+    with shown_progress(quiet) as progress:
         summary = recipe(out, config, progress=progress)
     if not quiet:
         print_demo(summary, out, Console())

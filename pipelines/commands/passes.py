@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import typer
-from rich.console import Console
 
 from tarsift.pipelines.options import (
     PASSES,
@@ -35,7 +34,7 @@ from tarsift.pipelines.options import (
     verdict_settings,
 )
 from tarsift.pipelines.printing import say
-from tarsift.pipelines.progress import progress_on
+from tarsift.pipelines.progress import shown_progress
 
 commands = typer.Typer()
 
@@ -60,7 +59,7 @@ def embed(
 
     flags = encoder_settings(encoder) | spread_settings(workers, gpus_per_worker, threads, batch_size)
     settings = compose(config, set_, {**flags, "read.captions": captions})
-    with progress_on(Console(stderr=True), quiet) as progress:
+    with shown_progress(quiet) as progress:
         run = open_run(shards, out, settings, progress=progress)
         with run.working():
             recipe.embed_step(run)
@@ -75,7 +74,7 @@ def _redo(out: str, steps: list[str], changes: dict[str, Any], settings: list[st
     from tarsift.pipelines.run import reopen_run
 
     changes = {**changes, **parse_settings(settings or ())}
-    with progress_on(Console(stderr=True), quiet) as progress:
+    with shown_progress(quiet) as progress:
         run = reopen_run(out, {n: value for n, value in changes.items() if value is not None}, progress=progress)
         with run.working():
             for step in steps:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from tarsift.clip_detect.triggers import ATTACKS
 from tarsift.operators.errors import EXIT_CODES, ConfigError
@@ -19,8 +18,8 @@ from tarsift.pipelines.options import (
     Shards,
     checked,
 )
-from tarsift.pipelines.printing import print_evaluation, print_findings, say, write_json
-from tarsift.pipelines.progress import progress_on
+from tarsift.pipelines.printing import answer, print_evaluation, print_findings, say
+from tarsift.pipelines.progress import shown_progress
 
 commands = typer.Typer()
 
@@ -48,7 +47,7 @@ def pretrain(
     given |= {"train": {"lr": lr}} if lr is not None else {}
     given |= {"read": {"captions": captions}} if captions is not None else {}
     config = checked(PretrainConfig, given)
-    with progress_on(Console(stderr=True), quiet) as progress:
+    with shown_progress(quiet) as progress:
         summary = recipe(shards, out=out, config=config, progress=progress)
     skipped = f", {sum(summary.skipped.values()):,} unusable samples skipped" if summary.skipped else ""
     say(
@@ -82,7 +81,7 @@ def poison(
     given |= {"strengths": dict(_strength(text) for text in strength or ())}
     given |= {"read": {"captions": captions}} if captions is not None else {}
     config = checked(PoisonConfig, given)
-    with progress_on(Console(stderr=True), quiet):
+    with shown_progress(quiet):
         summary = recipe(shards, out=out, config=config)
     say(f"{summary.poisoned:,} of {summary.samples:,} samples poisoned in {out}; truth: {summary.truth}", quiet)
 
@@ -99,10 +98,7 @@ def evaluate(
     from tarsift.pipelines.evaluate import evaluate as recipe
 
     evaluation = recipe(out, truth)
-    if json_:
-        write_json(evaluation.to_json())
-        return
-    print_evaluation(evaluation, Console())
+    answer(evaluation.to_json(), lambda console: print_evaluation(evaluation, console), as_json=json_)
 
 
 @commands.command(rich_help_panel=WORKSHOP)
@@ -115,12 +111,11 @@ def doctor(
     """Say what works on this machine, what does not, and what to do: exit code 1 if something is broken."""
     from tarsift.pipelines.doctor import BROKEN, examine
 
-    with progress_on(Console(stderr=True), quiet=True):
+    with shown_progress(quiet=True):
         findings = examine(urls or ())
-    if json_:
-        write_json([finding.model_dump() for finding in findings])
-    else:
-        print_findings(findings, Console())
+    answer(
+        [finding.model_dump() for finding in findings], lambda console: print_findings(findings, console), as_json=json_
+    )
     if any(finding.state == BROKEN for finding in findings):
         raise typer.Exit(EXIT_CODES["failed"])
 

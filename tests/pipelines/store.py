@@ -14,6 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import fsspec
+
+from tests.pipelines.runs import RESULTS
 
 SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
 HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive", "content-length"}
@@ -40,6 +45,25 @@ class Store:
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
         }
+
+
+def files_of(store: Store) -> Any:
+    """Return the store's file system, past the proxy that fails."""
+    given = store.environment
+    keys = {"key": given["AWS_ACCESS_KEY_ID"], "secret": given["AWS_SECRET_ACCESS_KEY"]}
+    return fsspec.filesystem("s3", endpoint_url=store.direct, use_listings_cache=False, **keys)
+
+
+def stored(store: Store, out: str) -> dict[str, bytes]:
+    """Return all results of a run in a bucket, by path, as `runs.contents` does on a disk."""
+    files = files_of(store)
+    found = {
+        path.removeprefix(f"{out}/"): files.cat_file(path)
+        for results in RESULTS
+        for path in files.find(f"{out}/{results}")
+        if "/.parts/" not in path
+    }
+    return {**found, "keep.parquet": files.cat_file(f"{out}/keep.parquet")}
 
 
 @contextmanager

@@ -6,12 +6,11 @@ import os
 import subprocess
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from tests.conftest import make_dump
-from tests.pipelines.runs import RESULTS, clean, contents, tarsift
-from tests.pipelines.store import Store, s3_server
+from tests.pipelines.runs import clean, contents, tarsift
+from tests.pipelines.store import Store, files_of, s3_server, stored
 
 pytest.importorskip("s3fs")
 pytestmark = pytest.mark.slow
@@ -35,37 +34,15 @@ def on_disk(dump, encoder) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def store(dump):
     with s3_server() as running:
-        files = client(running)
+        files = files_of(running)
         files.mkdir("bucket")
         files.put(str(dump), "bucket/dump", recursive=True)
         yield running
 
 
-def client(store: Store):
-    given = store.environment
-    return fsspec.filesystem(
-        "s3",
-        key=given["AWS_ACCESS_KEY_ID"],
-        secret=given["AWS_SECRET_ACCESS_KEY"],
-        endpoint_url=store.endpoint,
-        skip_instance_cache=True,
-    )
-
-
 def run(arguments: list[str], store: Store, **changes: str) -> subprocess.CompletedProcess[bytes]:
     environment = os.environ | store.environment | changes
     return subprocess.run(arguments, env=environment, capture_output=True, timeout=500)
-
-
-def stored(store: Store, out: str) -> dict[str, bytes]:
-    files = client(store)
-    found = {}
-    for folder in RESULTS:
-        for path in files.find(f"{out}/{folder}"):
-            if "/.parts/" not in path:
-                found[path.removeprefix(f"{out}/")] = files.cat_file(path)
-    found["keep.parquet"] = files.cat_file(f"{out}/keep.parquet")
-    return found
 
 
 def test_the_same_bytes_as_on_a_disk_while_a_twentieth_of_requests_fails(store, dump, on_disk, encoder):
@@ -75,13 +52,13 @@ def test_the_same_bytes_as_on_a_disk_while_a_twentieth_of_requests_fails(store, 
     store.rate = 0.0
     assert ended.returncode == 0, ended.stderr.decode()[-3000:]
     assert stored(store, out) == on_disk
-    assert client(store).exists(f"{out}/report.html")
+    assert files_of(store).exists(f"{out}/report.html")
     assert store.failures["503"] > 0
     assert store.failures["reset"] > 0
 
 
 def test_a_long_listing_is_read_to_its_end(store, monkeypatch):
-    files = client(store)
+    files = files_of(store)
     files.pipe({f"bucket/many/{i:05d}.tar": b"" for i in range(1005)})  # a page holds 1000
     for name, value in store.environment.items():
         monkeypatch.setenv(name, value)
