@@ -332,7 +332,7 @@ def run_cell(name: str, kind: str, seed: int, folder: Path, encoder: str, whole:
 def make_inputs(work: Path) -> tuple[str, dict[str, bytes]]:
     """Write the dump and an encoder, and return the encoder and what an undisturbed run makes of the dump."""
     make_dump(work / "dump", shards=SHARDS, samples=SAMPLES)
-    encoder = make_encoder(work / "enc.pt")
+    encoder = make_encoder(work / "enc.pt", work / "dump")
     subprocess.run(clean(work / "dump", work / "whole", encoder), check=True)
     return encoder, contents(work / "whole")
 

@@ -16,6 +16,7 @@ The bars: from 20,000 to 200,000 samples the peak grows by 64 MB at most, median
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import os
@@ -52,13 +53,14 @@ def make_dump(folder: Path, samples: int, per_shard: int) -> None:
                     tar.addfile(member, io.BytesIO(data))
 
 
-def make_encoder(path: Path) -> None:
-    """Write a small encoder with 512-d embeddings and random weights."""
+def make_encoder(path: Path, dump: Path) -> None:
+    """Write a small encoder with 512-d embeddings and random weights, said to be trained on a dump."""
     from tarsift.operators.checkpoints import save_checkpoint
     from tarsift.operators.models import build_model, model_config
 
     config = {**model_config("tiny"), "embed_dim": 512}
-    save_checkpoint(path, build_model(config, seed=0), config=config, shards={}, steps=0, samples=0, seed=0)
+    shards = {shard.name: hashlib.sha256(shard.read_bytes()).hexdigest() for shard in dump.iterdir()}
+    save_checkpoint(path, build_model(config, seed=0), config=config, shards=shards, steps=0, samples=0, seed=0)
 
 
 def resident(pid: int) -> int:
@@ -85,11 +87,11 @@ def watch(command: list[str]) -> tuple[int, float]:
 
 
 def run_cell(work: Path, samples: int, per_shard: int) -> dict[str, Any]:
-    dump, encoder = work / f"dump-{samples}-{per_shard}", work / "enc.pt"
+    dump, encoder = work / f"dump-{samples}-{per_shard}", work / f"enc-{samples}-{per_shard}.pt"
     if not dump.exists():
         make_dump(dump, samples, per_shard)
     if not encoder.exists():
-        make_encoder(encoder)
+        make_encoder(encoder, dump)
     out = work / "out"
     shutil.rmtree(out, ignore_errors=True)
     clean = ["clean", str(dump), "--out", str(out), "--encoder", f"detect={encoder}", "--workers", "2", "--quiet"]

@@ -44,6 +44,8 @@ class SuspicionConfig(BaseModel, frozen=True, extra="forbid"):
     contaminated_divisors: tuple[int, ...] = Field(default=(32, 16, 8), description="k = R / divisor in step 1")
     purified_divisors: tuple[int, ...] = Field(default=(128, 64, 32), description="k = R / divisor in step 2")
     smoothing: tuple[int, ...] = Field(default=(3, 8, 16, 32), description="numbers m of neighbours averaged in step 4")
+    suspect_neighbors: int = Field(default=8, ge=1, description="suspects whose captions are compared in step 5")
+    clean_neighbors: int = Field(default=16, ge=1, description="clean images whose captions are compared in step 5")
     published_ks: tuple[int, ...] = Field(
         default=(16, 64, 128, 256), description="k of the published scores, against A"
     )
@@ -143,9 +145,9 @@ class DensityRule:
         check_rule(settings, "density-1")
         return cls(
             config=SuspicionConfig.model_validate(settings["config"]),
-            contaminated=ReferenceSet.from_arrays(_below("contaminated.", arrays)),
+            contaminated=ReferenceSet.from_arrays(below("contaminated.", arrays)),
             purified=tuple(
-                ReferenceSet.from_arrays(_below(f"purified{bank}.", arrays)) for bank in range(settings["banks"])
+                ReferenceSet.from_arrays(below(f"purified{bank}.", arrays)) for bank in range(settings["banks"])
             ),
             contaminated_ks=tuple(settings["contaminated_ks"]),
             published_ks=tuple(settings["published_ks"]),
@@ -295,7 +297,8 @@ def _ranks(values: np.ndarray, hashes: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def _below(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def below(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the arrays whose names start with `prefix`, without it."""
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 

@@ -10,11 +10,13 @@ averages the result over each image's neighbours among the suspects.
    of R are drawn; P = mean over banks and k = R/128, R/64, R/32 of z(log SLOF_k).
 3. density S = z(P) + 2 z(sl).
 4. Enriched reference: the top `pool_fraction` by S and as many others; s_m = mean of S over x and its m nearest
-   there; suspicion = max(z(S), max_m z(s_m)).
+   there; suspicion_image F = max(z(S), max_m z(s_m)).
+5. Where captions are embedded too, c is the caption excess (see `agreement`), and suspicion = F (1 + max(0, c))
+   for F > 0; elsewhere suspicion = F.
 
 z is (v - median) / (1.4826 MAD), always with the median and MAD of a random *candidate sample* of the
 dump, which also provides A and the purified references. `fit_density` (steps 1 to 3, in `density`) and
-`fit_smoothing` (step 4) turn samples into small rules; a rule scores any batch on its own, with the same
+`fit_smoothing` (steps 4 and 5) turn samples into small rules; a rule scores any batch on its own, with the same
 bits wherever and in whatever company a row is scored. Another rule is another function beside these.
 
 At scale: candidates are `smallest(keyed_hash(sha256s, key), config.candidates)`, the density of all images is
@@ -31,7 +33,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int64, UInt64
 
-from tarsift.clip_detect.density import DensityRule, SuspicionConfig, check_rule, fit_density
+from tarsift.clip_detect.agreement import CaptionExcess
+from tarsift.clip_detect.density import DensityRule, SuspicionConfig, below, check_rule, fit_density
 from tarsift.clip_detect.neighbors import knn, unit_norm
 from tarsift.clip_detect.sampling import keyed_hash, resalt, smallest
 from tarsift.clip_detect.threshold import median_mad, robust_z
@@ -52,17 +55,18 @@ _ROWS = 4096  # scored at a time
 
 
 class ScoredRows(NamedTuple):
-    """Images with their density, for the second fit."""
+    """Images with their density, for the second fit; `captions` are embeddings too, zeros where there is none."""
 
     embeddings: Float[np.ndarray, "n d"]
     ids: UInt64[np.ndarray, " n"]
     hashes: UInt64[np.ndarray, " n"]
     density: Float32[np.ndarray, " n"]
+    captions: Float[np.ndarray, "n d"] | None = None
 
 
 @dataclass(frozen=True)
 class SmoothingRule:
-    """Step 4, fitted: the enriched reference, and the medians and MADs (last axis) of the candidate sample."""
+    """Steps 4 and 5, fitted: the enriched reference, and the medians and MADs (last axis) of the candidate sample."""
 
     embeddings: Float32[np.ndarray, "E d"]  # unit norm
     ids: UInt64[np.ndarray, " E"]
@@ -70,54 +74,77 @@ class SmoothingRule:
     neighbors: tuple[int, ...]  # the m of `SuspicionConfig.smoothing` that are smaller than the reference
     density_scale: Float64[np.ndarray, " 2"]
     smooth_scale: Float64[np.ndarray, "m 2"]
+    excess: CaptionExcess | None = None
+    suspect_neighbors: int = 8
 
     def score(
         self,
         embeddings: Float[np.ndarray, "n d"],
         ids: UInt64[np.ndarray, " n"],
         density: Float32[np.ndarray, " n"],
+        captions: Float[np.ndarray, "n d"] | None = None,
         *,
         backend: str = "auto",
         threads: int = 1,
         device: str | None = None,
     ) -> dict[str, Float32[np.ndarray, " n"]]:
-        """Score images: `suspicion`. density: as `DensityRule.score` gave it for the same rows."""
-        smooth = self._smooth(embeddings, ids, density, backend=backend, threads=threads, device=device)
-        own = robust_z(density, self.density_scale[0], self.density_scale[1])
-        around = robust_z(smooth, self.smooth_scale[:, 0], self.smooth_scale[:, 1]).max(axis=1)
-        return {"suspicion": np.maximum(own, around).astype(np.float32)}
+        """Score images: `suspicion_image`, with captions `caption_excess`, and `suspicion`.
 
-    def _smooth(
-        self, embeddings: np.ndarray, ids: np.ndarray, density: np.ndarray, *, backend: str, threads: int, device
-    ) -> Float64[np.ndarray, "n m"]:
-        """Mean density of each image and its m nearest in the enriched reference."""
-        out = np.empty((len(embeddings), len(self.neighbors)))
-        columns = np.array(self.neighbors) - 1
-        for start in range(0, len(embeddings), _ROWS):
+        density: as `DensityRule.score` gave it for the same rows. captions: embeddings, zeros for a missing one;
+        needed if, and only if, the rule was fitted with them.
+        """
+        if (captions is None) != (self.excess is None):
+            raise ValueError("captions are needed where the rule was fitted with them, and only there.")
+        search = {"backend": backend, "threads": threads, "device": device}
+        parts = []
+        for start in range(0, max(1, len(embeddings)), _ROWS):
             part = slice(start, start + _ROWS)
-            near = knn(
-                unit_norm(embeddings[part]),
-                self.embeddings,
-                self.neighbors[-1],
-                query_ids=ids[part].astype(np.uint64),
-                reference_ids=self.ids,
-                backend=backend,
-                threads=threads,
-                device=device,
-            )
-            totals = np.cumsum(self.density[near.indices], axis=1, dtype=np.float64)[:, columns]
-            out[part] = (density[part].astype(np.float64)[:, None] + totals) / (columns + 2)
-        return out
+            x, own = unit_norm(embeddings[part]), ids[part].astype(np.uint64)
+            near = self._near(x, own, search)
+            smooth = self._smooth(density[part], near)
+            own_z = robust_z(density[part], self.density_scale[0], self.density_scale[1])
+            around = robust_z(smooth, self.smooth_scale[:, 0], self.smooth_scale[:, 1]).max(axis=1)
+            image = np.maximum(own_z, around)
+            columns = {"suspicion_image": image}
+            if self.excess is None or captions is None:
+                columns["suspicion"] = image
+            else:
+                excess = self.excess.score(
+                    x, own, unit_norm(captions[part]), near[:, : self.suspect_neighbors], **search
+                )
+                columns["caption_excess"] = excess
+                columns["suspicion"] = image + np.maximum(image, 0) * np.maximum(excess, 0)
+            parts.append(columns)
+        return {name: np.concatenate([part[name] for part in parts]).astype(np.float32) for name in parts[0]}
+
+    def _near(self, x: np.ndarray, ids: np.ndarray, search: Mapping[str, Any]) -> Int64[np.ndarray, "n m"]:
+        count = self.neighbors[-1]
+        return knn(x, self.embeddings, count, query_ids=ids, reference_ids=self.ids, **search).indices
+
+    def _smooth(self, density: np.ndarray, near: Int64[np.ndarray, "n m"]) -> Float64[np.ndarray, "n k"]:
+        """Mean density of each image and its m nearest in the enriched reference, for every m of `neighbors`."""
+        columns = np.array(self.neighbors) - 1
+        totals = np.cumsum(self.density[near], axis=1, dtype=np.float64)[:, columns]
+        return (density.astype(np.float64)[:, None] + totals) / (columns + 2)
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return the rule as plain arrays (for `np.savez`) and a dict that json can write."""
-        return {name: getattr(self, name) for name in _ARRAYS}, {"rule": "smoothing-1", "neighbors": [*self.neighbors]}
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        if self.excess is not None:
+            arrays |= {f"excess.{name}": array for name, array in self.excess.to_arrays().items()}
+        settings = {"neighbors": [*self.neighbors], "suspect_neighbors": self.suspect_neighbors}
+        return arrays, {"rule": "smoothing-2", **settings, "captions": self.excess is not None}
 
     @classmethod
     def from_state(cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> SmoothingRule:
         """Rebuild a rule from `state`, bit for bit."""
-        check_rule(settings, "smoothing-1")
-        return cls(neighbors=tuple(settings["neighbors"]), **{name: np.asarray(arrays[name]) for name in _ARRAYS})
+        check_rule(settings, "smoothing-2")
+        return cls(
+            neighbors=tuple(settings["neighbors"]),
+            suspect_neighbors=settings["suspect_neighbors"],
+            excess=CaptionExcess.from_arrays(below("excess.", arrays)) if settings["captions"] else None,
+            **{name: np.asarray(arrays[name]) for name in _ARRAYS},
+        )
 
 
 _ARRAYS = ("embeddings", "ids", "density", "density_scale", "smooth_scale")
@@ -147,9 +174,11 @@ def fit_smoothing(
     threads: int = 1,
     device: str | None = None,
 ) -> SmoothingRule:
-    """Fit step 4. pool: suspects; rest: others (see `draw_pool`); candidates: the sample the density was fitted on.
+    """Fit steps 4 and 5.
 
-    The order of rows does not matter; as many of `rest` are used as there are in the pool.
+    pool: suspects; rest: others (see `draw_pool`), of which as many are used as there are suspects; candidates: the
+    sample the density was fitted on. Step 5 is fitted where all three have captions. The order of rows is of no
+    importance.
 
     Raises:
         ValueError: pool or rest has too few rows to average over.
@@ -172,11 +201,36 @@ def fit_smoothing(
         neighbors=ms,
         density_scale=median_mad(candidates.density),
         smooth_scale=np.zeros((len(ms), 2)),
+        suspect_neighbors=min(config.suspect_neighbors, ms[-1]),
     )
-    smooth = unscaled._smooth(
-        candidates.embeddings, candidates.ids, candidates.density, backend=backend, threads=threads, device=device
+    search = {"backend": backend, "threads": threads, "device": device}
+    near = unscaled._near(unit_norm(candidates.embeddings), candidates.ids.astype(np.uint64), search)
+    smooth = unscaled._smooth(candidates.density, near)
+    excess = None
+    if pool.captions is not None and rest.captions is not None:
+        suspects = unit_norm(np.concatenate([pool.captions[in_pool], rest.captions[in_rest]]))
+        excess = _fit_excess(suspects, candidates, config)
+    return replace(unscaled, smooth_scale=median_mad(smooth), excess=excess)
+
+
+def _fit_excess(
+    suspects: Float32[np.ndarray, "E d"], candidates: ScoredRows, config: SuspicionConfig
+) -> CaptionExcess | None:
+    """Draw the clean samples: candidates that are not among the densest suspects; None if they are too few."""
+    if candidates.captions is None:
+        return None
+    order = np.lexsort((candidates.hashes, candidates.density))
+    keep = order[: len(order) - int(config.purge_fraction * len(order))]
+    drawn = keep[smallest(resalt(candidates.hashes[keep], "captions"), config.reference_size)]
+    if len(drawn) <= config.clean_neighbors:
+        return None
+    return CaptionExcess(
+        suspects,
+        unit_norm(candidates.embeddings[drawn]),
+        candidates.ids[drawn].astype(np.uint64),
+        unit_norm(candidates.captions[drawn]),
+        config.clean_neighbors,
     )
-    return replace(unscaled, smooth_scale=median_mad(smooth))
 
 
 def content_ids(embeddings: Float[np.ndarray, "n d"]) -> UInt64[np.ndarray, " n"]:
@@ -188,6 +242,7 @@ def content_ids(embeddings: Float[np.ndarray, "n d"]) -> UInt64[np.ndarray, " n"
 def suspicion(
     embeddings: Float[np.ndarray, "n d"],
     ids: UInt64[np.ndarray, " n"] | None = None,
+    captions: Float[np.ndarray, "n d"] | None = None,
     *,
     config: SuspicionConfig | None = None,
     key: bytes = b"",
@@ -196,11 +251,12 @@ def suspicion(
     threads: int = 1,
     device: str | None = None,
 ) -> dict[str, Float32[np.ndarray, " n"]]:
-    """Score a dump that fits into memory: the columns of `DensityRule.score` and `suspicion`.
+    """Score a dump that fits into memory: the columns of `DensityRule.score` and of `SmoothingRule.score`.
 
     embeddings: as an encoder *trained on this dump* gives them; one that was not has not learned the trigger.
-    ids: 64-bit hashes of the image content; by default rows with equal embeddings are one image. key: draws the
-    samples; the same key and data give the same bits, in any order of rows.
+    ids: 64-bit hashes of the image content; by default rows with equal embeddings are one image. captions: their
+    embeddings by the same encoder, zeros for a missing one; of copies of an image the first one's caption stands
+    in the samples. key: draws the samples; the same key and data give the same bits, in any order of rows.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -220,7 +276,9 @@ def suspicion(
     pool, rest = draw_pool(density, hashes, rule)
 
     def take(rows: np.ndarray) -> ScoredRows:
-        return ScoredRows(embeddings[rows], own[rows], hashes[rows], density[rows])
+        said = None if captions is None else captions[rows]
+        return ScoredRows(embeddings[rows], own[rows], hashes[rows], density[rows], said)
 
     smoothing = fit_smoothing(take(pool), take(rest), take(chosen), config, **options)
-    return columns | smoothing.score(embeddings, own, density, **options)
+    said = None if smoothing.excess is None else captions
+    return columns | smoothing.score(embeddings, own, density, said, **options)

@@ -33,8 +33,10 @@ def schema_page() -> str:
 
 
 def scores_page() -> str:
-    """The score table, from `clip_detect/scores.py`."""
+    """The published scores, the parts of the verdict and the baselines."""
+    from tarsift.clip_detect.baselines import BASELINES
     from tarsift.clip_detect.scores import SCORES
+    from tarsift.operators.schema import COLUMNS
 
     lines = [
         "# Scores\n",
@@ -43,6 +45,24 @@ def scores_page() -> str:
         "|---|---|---|---|",
     ]
     lines += [f"| `{n}` | {s.description} | `{s.formula}` | {s.source} |" for n, s in SCORES.items()]
+    lines += [
+        "\n## The verdict\n",
+        "How they are computed stands in `clip_detect/suspicion.py`, `mismatch.py` and `verdict.py`.\n",
+        "| score | made by | what it is |",
+        "|---|---|---|",
+    ]
+    made_by = ("SmoothScores", "ScoreMismatch", "Judge")
+    parts = {name: column for name, column in COLUMNS.items() if column.written_by.startswith(made_by)}
+    lines += [f"| `{name}` | {column.written_by} | {column.meaning} |" for name, column in parts.items()]
+    lines += [
+        "\n## Baselines\n",
+        "What others have used, for comparison, in Python alone: `tarsift.clip_detect.baselines.baseline_scores`.\n",
+        "| baseline | what it is | formula | needs | source |",
+        "|---|---|---|---|---|",
+    ]
+    for name, spec in BASELINES.items():
+        needs = ", ".join(f"`{need}`" for need in spec.needs)
+        lines.append(f"| `{name}` | {spec.description} | `{spec.formula}` | {needs} | {spec.source} |")
     return NOTE + "\n".join(lines) + "\n"
 
 

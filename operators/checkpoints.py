@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,27 @@ CHECKPOINT_VERSION = 1
 
 
 @dataclass(frozen=True)
+class Base:
+    """The encoder that a training went on from, and what that one had been trained on before.
+
+    `shards` (name to SHA-256) and `steps` are those of all trainings before; `steps` is None where one of them is not
+    known. `unknown` names the first encoder of the line whose file does not say what it was trained on, None if all do.
+    """
+
+    name: str
+    weights_sha256: str
+    shards: dict[str, str]
+    steps: int | None
+    unknown: str | None = None
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """What an encoder file holds: the model and the record of what it was trained on."""
+    """What an encoder file holds: the model and the record of what it was trained on.
+
+    `shards`, `steps`, `samples` and `seed` are those of its own training; `base` tells of the ones before, None where
+    it was trained from scratch.
+    """
 
     config: dict[str, Any]
     state_dict: dict[str, torch.Tensor]
@@ -31,6 +50,26 @@ class Checkpoint:
     samples: int
     seed: int
     extra: dict[str, Any]
+    base: Base | None = None
+
+    @property
+    def trained_on(self) -> dict[str, str]:
+        """SHA-256 by name of every shard that the weights have seen, those of the base included.
+
+        A shard of the base whose name belongs to another one here has `BASE:` before it.
+        """
+        seen, base = dict(self.shards), self.base
+        for name, digest in base.shards.items() if base else ():
+            while seen.get(name, digest) != digest:
+                name = f"{base.name}:{name}"  # pyright: ignore[reportOptionalMemberAccess]
+            seen[name] = digest
+        return seen
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimiser steps of this and all trainings before, None where one of them is not known."""
+        before = self.base.steps if self.base else 0
+        return None if before is None else before + self.steps
 
 
 def save_checkpoint(
@@ -43,6 +82,7 @@ def save_checkpoint(
     samples: int,
     seed: int,
     extra: Mapping[str, Any] | None = None,
+    base: Base | None = None,
 ) -> None:
     """Write an encoder file that says what it is and what it was trained on.
 
@@ -50,11 +90,12 @@ def save_checkpoint(
         url: where to, any fsspec URL.
         model: its weights are kept in the precision they have.
         config: the model's JSON config.
-        shards: name and SHA-256 of every shard file that was trained on.
-        steps: optimiser steps taken.
-        samples: image-text pairs seen, repeats included.
+        shards: name and SHA-256 of every shard file that this training saw.
+        steps: optimiser steps it took.
+        samples: image-text pairs it saw, repeats included.
         seed: of weights and order.
         extra: more to record; plain types.
+        base: what the weights had been before, if not random.
     """
     content = {
         "format": CHECKPOINT_FORMAT,
@@ -66,6 +107,7 @@ def save_checkpoint(
         "samples": samples,
         "seed": seed,
         "extra": dict(extra or {}),
+        "base": None if base is None else asdict(base),
     }
     with storage.open_write(str(url)) as file:
         torch.save(content, file)
@@ -89,7 +131,9 @@ def load_checkpoint(url: str | Path) -> Checkpoint:
             f"{url} has encoder format {content.get('version')!r}, this version of tarsift reads {CHECKPOINT_VERSION}."
         )
     try:
-        return Checkpoint(**{name: content[name] for name in Checkpoint.__dataclass_fields__})
+        own = {name: content[name] for name in Checkpoint.__dataclass_fields__ if name != "base"}
+        base = content.get("base") and Base(**{name: content["base"][name] for name in Base.__dataclass_fields__})
+        return Checkpoint(**own, base=base)
     except KeyError as error:
         raise TarsiftError(f"{url} is an encoder file without {error}: it is damaged. Train it again.") from error
 
@@ -105,6 +149,15 @@ def load_tensors(url: str) -> Any:
         data = storage.read_bytes(url)
     except FileNotFoundError as error:
         raise UsageError(f"there is no file {url!r}.") from error
+    return tensors_in(data, url)
+
+
+def tensors_in(data: bytes, url: str) -> Any:
+    """Read tensors and plain types, and nothing else, from the bytes of a file; `url` is for the error's sentence.
+
+    Raises:
+        TarsiftError: if they are damaged, or hold anything else.
+    """
     try:
         if url.endswith(".safetensors"):
             from safetensors.torch import load

@@ -53,3 +53,4 @@ class EncoderInfo:
     context_length: int
     trained_on: dict[str, str] | None
     steps: int | None
+    unknown_base: str | None = None

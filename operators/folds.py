@@ -115,8 +115,9 @@ def salted(hashes: np.ndarray, salt: str) -> np.ndarray:
 class FetchRows:
     """Fold: the rows whose (salted) drawing hash is at most `largest`, once per distinct image, by ascending hash.
 
-    Finishes to a dict: `hashes` (the unsalted ones) and `ids` (n,) uint64, `embeddings` (n, d) float32
-    and, for each of `extra`, a float32 column (n,); an empty dict if there are none.
+    Finishes to a dict: `hashes` (the unsalted ones) and `ids` (n,) uint64, `embeddings` (n, d) float32,
+    `captions` (n, d) float32 (zeros for a missing one) if they are asked for and stored, and, for each of
+    `extra`, a float32 column (n,); an empty dict if there are none.
     """
 
     def __init__(
@@ -128,10 +129,12 @@ class FetchRows:
         side: Side | None = None,
         extra: tuple[str, ...] = (),
         embedding: str = "image_embedding",
+        captions: str | None = None,
     ):
         self.largest, self.key, self.salt, self.side, self.extra = np.uint64(largest), key, salt, side, extra
-        self.embedding = embedding
-        names = ("shard", "row", "image_sha256", "error", embedding, *extra, *((side.score,) if side else ()))
+        self.embedding, self.captions = embedding, captions
+        names = ("shard", "row", "image_sha256", "error", embedding, *((captions,) if captions else ()))
+        names = (*names, *extra, *((side.score,) if side else ()))
         self.columns = tuple(dict.fromkeys(names))
 
     def init(self) -> dict[str, np.ndarray]:
@@ -152,6 +155,8 @@ class FetchRows:
             "ids": ids[mask],
             "embeddings": matrix(chosen[self.embedding])[0].astype(np.float32),
         }
+        if self.captions in table.column_names:
+            new["captions"] = matrix(chosen[self.captions])[0].astype(np.float32)
         for name in self.extra:
             new[name] = np.asarray(chosen[name].combine_chunks(), np.float32)
         return self.merge(state, new)

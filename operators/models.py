@@ -26,6 +26,7 @@ from timm.models import byobnet, register_model
 
 from tarsift.operators import storage
 from tarsift.operators.checkpoints import (
+    Base,
     Checkpoint,
     find_state_dict,
     load_checkpoint,
@@ -38,15 +39,18 @@ from tarsift.operators.errors import UsageError
 __all__ = [
     "MODEL_CONFIGS",
     "PRECISIONS",
+    "Base",
     "Checkpoint",
     "LoadedEncoder",
     "build_model",
     "build_tokenizer",
     "load_checkpoint",
     "load_encoder",
+    "load_weights",
     "model_config",
     "preprocessing",
     "save_checkpoint",
+    "state_sha256",
     "weights_sha256",
 ]
 
@@ -81,7 +85,10 @@ class LoadedEncoder:
     `tokenizer` maps a list of captions to a LongTensor (n, context_length). `mean` and `std` are
     per RGB channel, for pixels in 0 to 1. `weights_sha256` is the digest of the weights as they
     were stored, whatever file they came in. `trained_on` maps the shards that the encoder was
-    trained on to their SHA-256, None where that is not known; so is `steps`.
+    trained on to their SHA-256, None where that is not known; so is `steps`. Where training went on
+    from another encoder, both count what that one has seen; `unknown_base` names one that does not
+    say. `config` is the JSON config that the model can be built from, None for published models that
+    come with one of their own.
     """
 
     model: torch.nn.Module
@@ -97,6 +104,8 @@ class LoadedEncoder:
     weights_sha256: str
     trained_on: dict[str, str] | None = None
     steps: int | None = None
+    unknown_base: str | None = None
+    config: dict[str, Any] | None = None
 
 
 def model_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -213,8 +222,13 @@ def load_encoder(
 
 def weights_sha256(model: torch.nn.Module) -> str:
     """Return the digest of a model's weights: names, types, shapes and bytes, in the order of their names."""
+    return state_sha256(model.state_dict())
+
+
+def state_sha256(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """Return the digest of a state dict, as `weights_sha256` does for a model."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(state_dict.items()):
         value = value.detach().to("cpu").contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
@@ -225,7 +239,9 @@ def _from_checkpoint(checkpoint: Checkpoint, spec: str) -> LoadedEncoder:
     model = build_model(checkpoint.config, seed=0)
     load_weights(model, checkpoint.state_dict, spec)
     encoder = _describe(model, checkpoint.config, spec, build_tokenizer(checkpoint.config))
-    encoder.trained_on, encoder.steps = checkpoint.shards, checkpoint.steps
+    encoder.trained_on, encoder.steps = checkpoint.trained_on, checkpoint.total_steps
+    encoder.unknown_base = checkpoint.base.unknown if checkpoint.base else None
+    encoder.config = checkpoint.config
     return encoder
 
 
@@ -233,7 +249,9 @@ def _from_weights(source: str, url: str, spec: str) -> LoadedEncoder:
     config = model_config(source)
     model = build_model(config, seed=0)
     load_weights(model, find_state_dict(load_tensors(url), url), url)
-    return _describe(model, config, spec, build_tokenizer(config, source))
+    encoder = _describe(model, config, spec, build_tokenizer(config, source))
+    encoder.config = config
+    return encoder
 
 
 def _published(name: str, tag: str | None) -> LoadedEncoder:
@@ -246,7 +264,10 @@ def _published(name: str, tag: str | None) -> LoadedEncoder:
         raise UsageError(f"open_clip cannot load {spec!r}: {error}") from error
     used = open_clip.get_model_preprocess_cfg(model)
     config = {"preprocess_cfg": {k: used[k] for k in ("mean", "std", "interpolation", "resize_mode") if k in used}}
-    return _describe(model, config, spec, tokenizer)
+    encoder = _describe(model, config, spec, tokenizer)
+    if tag is not None:  # the model is that of the name, whatever the tag
+        encoder.config = {**model_config(name), **config}
+    return encoder
 
 
 def _describe(

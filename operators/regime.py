@@ -32,7 +32,8 @@ def encoder_regime(info: EncoderInfo, shard_digests: Mapping[str, str] | None) -
     Density scores see only what the encoder has learned: a backdoor becomes a sparse cluster of its
     own in the space of a model that was trained on it, and is spread over the clean images in any
     other. The cosine of image and caption is the opposite: an encoder that learned the poison
-    agrees with it.
+    agrees with it. Where training went on from another encoder, the shards that this one had seen
+    count as well; if it does not say which, a dump not wholly seen since is a case of unknown.
 
     Args:
         info: from `encoder_info`.
@@ -62,6 +63,16 @@ def encoder_regime(info: EncoderInfo, shard_digests: Mapping[str, str] | None) -
             f"The encoder {info.name} was trained on this dump: on all {_shards(total)}{_steps(info)}.",
             "poison that the encoder has not learned, as after too few steps or with too faint a trigger; and captions "
             "that do not fit their images, where training taught the encoder that they do.",
+        )
+    if info.unknown_base is not None:
+        return Regime(
+            "unknown",
+            None,
+            f"Whether the encoder {info.name} was trained on this dump is unknown: training went on from "
+            f"{info.unknown_base}, whose file does not say what it was trained on, and saw "
+            f"{known or 'none'} of this dump's {_shards(total)}{_steps(info)}.",
+            "any backdoor in a shard that it was not trained on: density scores see only what the encoder has learned, "
+            "and finding little proves nothing.",
         )
     if known:
         return Regime(

@@ -42,11 +42,26 @@ COLUMNS: dict[str, Column] = {
     "text_embedding": Column("fixed_size_list<float16|float32>[d]", "ClipEncoder", "caption embedding, not normalised"),
     "clip_similarity": Column(pa.float32(), "ClipEncoder", "cosine of the embeddings; its sign is no verdict"),
     "image_norm": Column(pa.float32(), "ClipEncoder", "Euclidean norm of the image embedding"),
-    "duplicate_count": Column(pa.int32(), "ScoreDensity", "samples of the dump with the same image, itself included"),
-    "suspicion": Column(pa.float32(), "SmoothScores", "the default verdict score, higher = more suspicious"),
+    "duplicate_count": Column(pa.int32(), "CountCopies", "samples of the dump with the same image, itself included"),
+    "suspicion_image": Column(pa.float32(), "SmoothScores", "the verdict score from images alone"),
+    "caption_excess": Column(
+        pa.float32(), "SmoothScores", "how much more its caption agrees with those of suspect neighbours than of others"
+    ),
+    "witness_clip_similarity": Column(pa.float32(), "ClipEncoder", "cosine of the witness's embeddings"),
+    "caption_distance": Column(pa.float32(), "ScoreMismatch", "1 - cosine of the embeddings by who judges captions"),
+    "lemon_image": Column(pa.float32(), "ScoreMismatch", "how far the caption is from those of similar images"),
+    "lemon_caption": Column(pa.float32(), "ScoreMismatch", "how far the image is from those of similar captions"),
+    "caption_rarity": Column(pa.float32(), "ScoreMismatch", "log distance to its k-th nearest caption"),
+    "safeclip": Column(pa.float32(), "ScoreMismatch", "log odds that the pair does not fit, of a mixture of two"),
+    "caption_mismatch": Column(pa.float32(), "ScoreMismatch", "the caption side of the verdict"),
+    "suspicion_density": Column(pa.float32(), "Judge", "the density side of the verdict, where captions judge too"),
+    "suspicion": Column(pa.float32(), "SmoothScores, Judge", "the default verdict score, higher = more suspicious"),
     "flagged": Column(pa.bool_(), "Flag", "whether the sample is removed"),
     "reasons": Column(pa.list_(pa.string()), "Flag", "every score or rule behind the verdict"),
 }  # fmt: skip
+
+# Float columns of the score files that are no scores: their orientation is their own.
+MEASURES = ("clip_similarity", "image_norm", "witness_clip_similarity")
 
 SAMPLE_SCHEMA = pa.schema(
     [

@@ -17,10 +17,20 @@ from tarsift.operators.retry import take_repeated
 
 @dataclass(frozen=True)
 class Stored:
-    """Columns of one pass's files: `<folder>/<shard>.parquet`; None = all columns."""
+    """Columns of one pass's files: `<folder>/<shard>.parquet`; None = all columns.
+
+    prefix: put before the names of all but `shard` and `row`, where two encoders have columns of the same names.
+    """
 
     folder: str
     columns: tuple[str, ...] | None = None
+    prefix: str = ""
+
+    def named(self, table: pa.Table) -> pa.Table:
+        """Return the table with the prefix put before the names."""
+        if not self.prefix:
+            return table
+        return table.rename_columns([n if n in ("shard", "row") else self.prefix + n for n in table.column_names])
 
 
 class ReadStored:
@@ -73,9 +83,10 @@ class ReadStored:
                 if "row" in table.column_names and not np.array_equal(table["row"], np.arange(rows, rows + len(table))):
                     raise TarsiftError(f"{url}: rows are not in order; it was changed after tarsift wrote it.")
                 rows += len(table)
-                yield table
+                yield source.named(table)
             if not rows:  # nothing but its columns
-                yield file.schema_arrow.remove_metadata().empty_table().select(columns or file.schema_arrow.names)
+                empty = file.schema_arrow.remove_metadata().empty_table()
+                yield source.named(empty.select(columns or file.schema_arrow.names))
 
 
 def end_row(schema: pa.Schema, shard: str, rows: int) -> pa.Table:

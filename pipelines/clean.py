@@ -14,8 +14,10 @@ import pyarrow.parquet as pq
 
 from tarsift.operators import storage
 from tarsift.operators.encoder_settings import EncoderConfig, EncoderInfo
-from tarsift.operators.errors import ErrorRateError, TarsiftError
+from tarsift.operators.errors import ChangedError, ErrorRateError, TarsiftError
 from tarsift.operators.regime import encoder_regime
+from tarsift.operators.schema import MEASURES
+from tarsift.operators.sides import DETECT, choose_sides
 from tarsift.pipelines import embed as embedding
 from tarsift.pipelines import flag as flagging
 from tarsift.pipelines import score as scoring
@@ -24,7 +26,7 @@ from tarsift.pipelines.config import CleanConfig
 from tarsift.pipelines.ledger import fingerprint
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.report import write_report
-from tarsift.pipelines.run import EMBED, ROLE, Run, open_run
+from tarsift.pipelines.run import Run, embed_name, open_run
 
 
 @dataclass(frozen=True)
@@ -53,20 +55,34 @@ class CleanResult:
 
 
 def embed_step(run: Run) -> None:
-    """Embed what is not embedded yet, and check which regime the encoder is in."""
+    """Embed what is not embedded yet with every encoder, and check which regime each is in."""
     run.settle(embedding.settled(run.config))
-    result, ledger, info = embedding.embed_pass(run.shards, run.out, run.config, ROLE, progress=run.progress)
-    run.done(result, ledger.fingerprint)
-    run.content.setdefault("encoders", {})[ROLE] = describe_encoder(run, info)
-    run.file.save()
+    for role in run.roles:
+        result, ledger, info = embedding.embed_pass(run.shards, run.out, run.config, role, progress=run.progress)
+        run.done(result, ledger.fingerprint)
+        refuse_other_samples(run, role)
+        run.content.setdefault("encoders", {})[role] = describe_encoder(run, role, info)
+        run.file.save()
 
 
-def describe_encoder(run: Run, info: EncoderInfo) -> dict[str, Any]:
+def refuse_other_samples(run: Run, role: str) -> None:
+    """Compare what two encoders were given.
+
+    Raises:
+        ChangedError: if a shard has changed between the two passes.
+    """
+    for name, entry in run.complete(embed_name(role))[1].items():
+        first = run.embedded[name]
+        if (entry["source"]["sha256"], entry["rows"]) != (first["source"]["sha256"], first["rows"]):
+            raise ChangedError(f"{name} has changed while the run was on: start again with another --out.")
+
+
+def describe_encoder(run: Run, role: str, info: EncoderInfo) -> dict[str, Any]:
     """What `run.json` says about the encoder, with the encoder check now that all digests are known."""
     regime = encoder_regime(info, run.digests)
     return {
         "name": info.name,
-        "spec": run.config.encoders[ROLE].spec,
+        "spec": run.config.encoders[role].spec,
         "weights_sha256": info.weights_sha256,
         "embed_dim": info.embed_dim,
         "image_size": info.image_size,
@@ -81,12 +97,14 @@ def describe_encoder(run: Run, info: EncoderInfo) -> dict[str, Any]:
 
 def score_step(run: Run) -> None:
     """Fit the reference and score every sample."""
-    embed_print, embedded = run.complete(EMBED)
-    print_ = scoring.score_fingerprint(embed_print, run.digests, run.config)
+    prints = {role: run.complete(embed_name(role))[0] for role in run.roles}
+    sides = choose_sides({role: run.content["encoders"][role]["regime"]["code"] for role in run.roles})
+    print_ = scoring.score_fingerprint(prints, run.digests, sides, run.config)
     run.content["reference"] = scoring.score_passes(
-        run.shards, run.out, run.config, embedded, print_,
-        role=ROLE, progress=run.progress, finished=run.file.record_pass,
+        run.shards, run.out, run.config, run.embedded, print_, sides,
+        progress=run.progress, finished=run.file.record_pass,
     )  # fmt: skip
+    run.content["sides"] = sides.to_json()
     run.file.save()
 
 
@@ -97,7 +115,7 @@ def flag_step(run: Run) -> None:
     policy = run.config.flag
     flagging.check_score_exists(policy.score, score_columns(run))
     quarantined = flagging.quarantined_shards(run.embedded, policy)
-    location, scale = scoring.score_location(run.out, ROLE, policy.score) if policy.policy == "z" else (0.0, 1.0)
+    location, scale = scoring.score_location(run.out, policy.score) if policy.policy == "z" else (0.0, 1.0)
     threshold = flagging.find_threshold(
         run.out, run.names, policy, location=location, scale=scale, quarantined=quarantined
     )
@@ -115,7 +133,7 @@ def score_columns(run: Run) -> list[str]:
     for name in run.names:
         with storage.open_read(storage.join(run.out, "scores", f"{name}.parquet")) as raw:
             schema = pq.read_schema(raw)
-        names = [f.name for f in schema if str(f.type) == "float" and f.name not in ("clip_similarity", "image_norm")]
+        names = [f.name for f in schema if str(f.type) == "float" and f.name not in MEASURES]
         if names:
             return names
     return []
@@ -201,7 +219,7 @@ def clean(
     start = time.monotonic()
     config = config or CleanConfig()
     if encoder is not None:
-        config = config.model_copy(update={"encoders": {**config.encoders, ROLE: EncoderConfig(spec=encoder)}})
+        config = config.model_copy(update={"encoders": {**config.encoders, DETECT: EncoderConfig(spec=encoder)}})
     run = open_run(inputs, out, config, progress=progress)
     with run.working():
         embed_step(run)

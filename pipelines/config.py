@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from tarsift.clip_detect.mismatch import MismatchConfig
 from tarsift.clip_detect.suspicion import SuspicionConfig
 from tarsift.operators import storage
 from tarsift.operators.decoding import ImageConfig
@@ -75,12 +76,14 @@ class CleanConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     encoders: Annotated[
-        dict[str, EncoderConfig], Field(description="encoder per role; `detect` was trained on this dump")
+        dict[str, EncoderConfig],
+        Field(description="encoder per role: `detect` was trained on this dump, `witness` never saw it"),
     ] = {}
     read: ReadConfig = ReadConfig()
     images: ImageConfig = ImageConfig()
     reference: ReferenceConfig = ReferenceConfig()
     suspicion: SuspicionConfig = SuspicionConfig()
+    mismatch: MismatchConfig = MismatchConfig()
     flag: FlagConfig = FlagConfig()
     write: WriteConfig = WriteConfig()
     resources: ResourcesConfig = ResourcesConfig()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json as json_text
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -19,15 +19,31 @@ from jaxtyping import Bool, Float32, Int64
 from tarsift.clip_detect import metrics
 from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
+from tarsift.operators.schema import MEASURES
 from tarsift.operators.stored import ReadStored, Stored
 from tarsift.pipelines.ledger import RunFile
 
 BATCH_ROWS = 65_536
 
-# Float columns of the score files that are no scores: their orientation is their own.
-MEASURES = ("clip_similarity", "image_norm")
 # The one measure that is also evaluated, turned round: poison need not agree with its caption.
 LOW_SIMILARITY = "low_clip_similarity"
+
+# Highest fractions of the samples that have a score, for which recall and clean samples lost are given.
+FRACTIONS = (0.005, 0.01, 0.05, 0.1, 0.2)
+
+# With fewer planted samples than this, one more or less moves a recall by over 5 %.
+FEW = 20
+# Attacks with curves, those of most samples first: what names attacks may name as many as it has rows.
+MOST_CURVES = 40
+
+
+@dataclass(frozen=True)
+class Curves:
+    """How one score ranks one kind of poison, as lines of some hundred points (see `clip_detect.metrics`)."""
+
+    roc: metrics.Curve
+    precision_recall: metrics.Curve
+    removal: metrics.Curve
 
 
 @dataclass(frozen=True)
@@ -37,14 +53,19 @@ class Evaluation:
     Attributes:
         samples: rows of the run.
         poisoned: planted ones.
-        unscored_poisoned: planted ones without a score: no figure of a score can find them.
+        unscored_poisoned: planted ones without any score: no figure of a score can find them.
         errored_poisoned: planted ones put into errored/; they are not in the cleaned dump either.
         scores: per score `auroc`, `average_precision`, `recall_at_F` (of all planted) and `clean_lost_at_F`
-            (samples) for the highest fraction F; empty if there is nothing to measure.
+            (samples) for the highest fraction F of the samples that have it, and how many these are: `scored`,
+            `scored_poison`; empty if there is nothing to measure.
         flagged: the verdict's own `flagged`, `recall`, `precision`, `clean_lost`, `clean_lost_share`;
             None if the run has no flags.
-        attacks: the same per attack: `poisoned`, `unscored`, `flagged_recall`, `scores`.
+        attacks: the same per attack: `poisoned`, `few` (fewer than 20), `unscored`, `flagged_recall`, `scores`.
         note: what to know before reading on, if anything.
+        out: the result folder.
+        truth: where the truth was.
+        curves: attack (the 40 of most samples), or None for all of them -> score -> its lines. They are not part of
+            the JSON, which would grow from some ten kilobytes to megabytes; the page draws them.
     """
 
     samples: int
@@ -55,10 +76,14 @@ class Evaluation:
     flagged: dict[str, float | int] | None = None
     attacks: dict[str, dict[str, Any]] = field(default_factory=dict)
     note: str = ""
+    out: str = ""
+    truth: str = ""
+    curves: dict[str | None, dict[str, Curves]] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the evaluation as plain JSON values."""
-        return asdict(self)
+        """Return the evaluation as plain JSON values, without the curves and without passwords in URLs."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "curves"}
+        return values | {name: storage.without_secrets(values[name]) for name in ("out", "truth")}
 
     def rows(self, attack: str | None = None) -> list[dict[str, Any]]:
         """Return one row per score, best average precision first: `score` and its figures.
@@ -79,7 +104,7 @@ class _Table:
     shards: list[str]
     starts: dict[str, int]
     rows: dict[str, int]
-    columns: list[str]
+    columns: list[str]  # of any of the shards
 
     def __len__(self) -> int:
         return sum(self.rows.values())
@@ -92,14 +117,20 @@ class _Table:
 
     def floats(self, name: str) -> Float32[np.ndarray, " n"]:
         """Read a score of all samples; NaN where there is none."""
-        parts = [table[name].cast(pa.float32()).to_numpy() for table in self.read("scores", [name])]
+        parts = [
+            table[name].cast(pa.float32()).to_numpy()
+            if name in table.column_names
+            else np.full(len(table), np.nan, np.float32)
+            for table in self.read("scores", ["row", name])
+        ]
         return np.concatenate([np.zeros(0, np.float32), *parts])
 
 
 def evaluate(out: str, truth: str, *, json: str | None = None) -> Evaluation:
     """Measure every score column and the verdict of a run against planted samples.
 
-    Samples are matched by (shard, row). One column is in memory at a time.
+    Samples are matched by (shard, row). One column is in memory at a time. `write_evaluation` of
+    `tarsift.pipelines.report.evaluation` makes a page of what is returned.
 
     Args:
         out: result folder of a run over the poisoned shards.
@@ -112,7 +143,7 @@ def evaluate(out: str, truth: str, *, json: str | None = None) -> Evaluation:
     table = _locate(out, sorted(item["name"] for item in RunFile.load_or_refuse(out).content.get("inputs") or ()))
     planted = _read_truth(truth)
     at = _match(table, planted, out, truth)
-    result = _measure(table, planted, at)
+    result = _measure(table, planted, at, truth)
     if json:
         storage.put_bytes(json, json_text.dumps(result.to_json(), indent=1).encode())
     return result
@@ -120,7 +151,7 @@ def evaluate(out: str, truth: str, *, json: str | None = None) -> Evaluation:
 
 def _locate(out: str, shards: Sequence[str]) -> _Table:
     starts, rows, start = {}, {}, 0
-    columns: list[str] = []
+    columns: dict[str, None] = {}
     for shard in shards:
         try:
             with storage.open_read(storage.join(out, "scores", f"{shard}.parquet")) as file:
@@ -128,14 +159,15 @@ def _locate(out: str, shards: Sequence[str]) -> _Table:
                 n, schema = parquet.metadata.num_rows, parquet.schema_arrow
         except FileNotFoundError:
             continue
-        if n and not columns:
-            columns = [f.name for f in schema if pa.types.is_floating(f.type) and f.name not in MEASURES]
-            columns += [LOW_SIMILARITY] if "clip_similarity" in schema.names else []
+        if n:  # a shard of an older run may lack a score
+            floats = [f.name for f in schema if pa.types.is_floating(f.type) and f.name not in MEASURES]
+            low = [LOW_SIMILARITY] if "clip_similarity" in schema.names else []
+            columns |= dict.fromkeys(floats + low)
         starts[shard], rows[shard] = start, n
         start += n
     if not rows:
         raise UsageError(f"{out} holds no scores of its {len(shards)} shards: run `tarsift score {out}` first.")
-    return _Table(out, list(rows), starts, rows, columns)
+    return _Table(out, list(rows), starts, rows, list(columns))
 
 
 def _read_truth(url: str) -> pa.Table:
@@ -188,36 +220,42 @@ def _match(table: _Table, planted: pa.Table, out: str, truth: str) -> Int64[np.n
     return at
 
 
-def _measure(table: _Table, planted: pa.Table, at: Int64[np.ndarray, " p"]) -> Evaluation:
-    n = len(table)
+def _measure(table: _Table, planted: pa.Table, at: Int64[np.ndarray, " p"], truth: str) -> Evaluation:
+    n, out = len(table), table.out
     if not len(at):
-        return Evaluation(n, 0, note="The truth has no rows: nothing was planted, so there is nothing to find.")
+        note = "The truth has no rows: nothing was planted, so there is nothing to find."
+        return Evaluation(n, 0, note=note, out=out, truth=truth)
     poison = np.zeros(n, bool)
     poison[at] = True
-    named = planted["attack"].to_pylist() if "attack" in planted.column_names else [None] * len(at)
-    kinds = {str(a): np.array([b == a for b in named]) for a in sorted({a for a in named if a is not None}, key=str)}
-    attacks: dict[str, dict[str, Any]] = {
-        name: {"poisoned": int(mask.sum()), "unscored": 0, "scores": {}} for name, mask in kinds.items()
-    }
+    kinds = _kinds(planted, at)
     flagged, errored = _verdict(table)
+    attacks = {name: _attack(rows, flagged) for name, rows in kinds.items()}
+    drawn = {None, *sorted(kinds, key=lambda name: (-len(kinds[name]), name))[:MOST_CURVES]}
     scores: dict[str, dict[str, float]] = {}
-    unscored = np.zeros(n, bool)
+    curves: dict[str | None, dict[str, Curves]] = {name: {} for name in (None, *kinds) if name in drawn}
+    unscored = np.ones(n, bool)
     for name in table.columns:
         values = -table.floats("clip_similarity") if name == LOW_SIMILARITY else table.floats(name)
         scored = ~np.isnan(values)
-        if name != LOW_SIMILARITY:  # a sample without a caption has no similarity, yet is scored
-            unscored |= ~scored
+        unscored &= ~scored
         if not (scored & poison).any() or not (scored & ~poison).any():
             continue
-        scores[name] = _figures(values, poison, scored, clean=~poison)
-        for attack, mask in kinds.items():
+        ranking = metrics.rank(values, scored=scored)
+        for attack, rows in ((None, at), *kinds.items()):
+            if not scored[rows].any():
+                continue
             own = np.zeros(n, bool)
-            own[at[mask]] = True
-            if (own & scored).any():
-                attacks[attack]["scores"][name] = _figures(values, own, scored, clean=~poison)
-    for attack, mask in kinds.items():
-        attacks[attack]["unscored"] = int(unscored[at[mask]].sum())
-        attacks[attack]["flagged_recall"] = None if flagged is None else float(flagged[at[mask]].mean())
+            own[rows] = True
+            counts = metrics.sweep(ranking, own, is_clean=~poison)  # other attacks only take up room
+            measured: dict[str, float] = metrics.figures(counts, FRACTIONS)
+            measured |= {"scored": len(ranking.order), "scored_poison": int(counts.caught[-1])}
+            (scores if attack is None else attacks[attack]["scores"])[name] = measured
+            if attack in drawn:
+                curves[attack][name] = Curves(
+                    metrics.roc_curve(counts), metrics.precision_recall_curve(counts), metrics.removal_curve(counts)
+                )
+    for attack, rows in kinds.items():
+        attacks[attack]["unscored"] = int(unscored[rows].sum())
     lost = int((poison & unscored).sum())
     return Evaluation(
         samples=n,
@@ -228,26 +266,25 @@ def _measure(table: _Table, planted: pa.Table, at: Int64[np.ndarray, " p"]) -> E
         flagged=None if flagged is None else _verdict_figures(flagged, poison),
         attacks=attacks,
         note=f"{lost:,} of {len(at):,} planted samples have no score." if lost else "",
+        out=out,
+        truth=truth,
+        curves=curves,
     )
 
 
-def _figures(
-    values: Float32[np.ndarray, " n"],
-    poison: Bool[np.ndarray, " n"],
-    scored: Bool[np.ndarray, " n"],
-    *,
-    clean: Bool[np.ndarray, " n"],
-) -> dict[str, float]:
-    """Measure one score; what is neither poison nor clean (other attacks) takes up room in the highest fraction."""
-    compared = scored & (poison | clean)
-    figures = {
-        "auroc": metrics.auroc(values, poison, scored=compared),
-        "average_precision": metrics.average_precision(values, poison, scored=compared),
-    }
-    for fraction in metrics.FRACTIONS:
-        figures[f"recall_at_{fraction:g}"] = metrics.recall_at(values, poison, fraction, scored=scored)
-        figures[f"clean_lost_at_{fraction:g}"] = metrics.clean_lost_at(values, ~clean, fraction, scored=scored)
-    return figures
+def _kinds(planted: pa.Table, at: Int64[np.ndarray, " p"]) -> dict[str, Int64[np.ndarray, " a"]]:
+    """Return the positions of each attack's samples, by its name; samples without one are of no attack."""
+    named = planted["attack"].to_pylist() if "attack" in planted.column_names else []
+    rows: dict[str, list[int]] = {}
+    for place, attack in enumerate(named):
+        if attack is not None:
+            rows.setdefault(str(attack), []).append(place)
+    return {attack: at[rows[attack]] for attack in sorted(rows)}
+
+
+def _attack(rows: Int64[np.ndarray, " a"], flagged: Bool[np.ndarray, " n"] | None) -> dict[str, Any]:
+    recall = None if flagged is None else float(flagged[rows].mean())
+    return {"poisoned": len(rows), "few": len(rows) < FEW, "unscored": 0, "flagged_recall": recall, "scores": {}}
 
 
 def _verdict(table: _Table) -> tuple[Bool[np.ndarray, " n"] | None, Bool[np.ndarray, " n"] | None]:

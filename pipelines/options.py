@@ -34,8 +34,9 @@ OutOption = Annotated[
 Encoder = Annotated[
     list[str] | None,
     typer.Option(
-        "--encoder", metavar="detect=MODEL", rich_help_panel=INPUT, show_default=False,
-        help="CLIP trained on this dump: enc.pt of `pretrain`, RN50:/models/cc3m.pt, ViT-B-32:TAG or hf-hub:org/name.",
+        "--encoder", metavar="ROLE=MODEL", rich_help_panel=INPUT, show_default=False,
+        help="detect=MODEL, a CLIP trained on this dump, witness=MODEL, one that never saw it, or both. MODEL: enc.pt "
+        "of `pretrain`, RN50:/models/cc3m.pt, ViT-B-32:TAG or hf-hub:org/name.",
     ),
 ]  # fmt: skip
 ConfigFile = Annotated[

@@ -17,6 +17,7 @@ from itertools import count, islice
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from jaxtyping import Int64, UInt8
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -31,16 +32,30 @@ from tarsift.operators.shards import Shard
 
 
 class Batch(NamedTuple):
-    """Pixels and tokens of some pairs, and by reason the samples that were skipped on the way to them."""
+    """Pixels and tokens of some pairs, and by reason the samples that were skipped on the way to them.
+
+    From a `PairCache` also which of its pairs they are, and in which pass over it.
+    """
 
     pixels: UInt8[torch.Tensor, "b size size 3"]
     tokens: Int64[torch.Tensor, "b length"]
     skipped: Counter[str]
+    rows: Int64[torch.Tensor, " b"] | None = None
+    epoch: int = 0
+
+
+class Pair(NamedTuple):
+    """A picture with its caption, and the sample that they come from."""
+
+    pixels: UInt8[np.ndarray, "size size 3"]
+    caption: str
+    shard: str
+    key: str
 
 
 @dataclass(frozen=True)
 class PairReader:
-    """Reads (pixels, caption) from shards; a bad sample is skipped and counted by its reason."""
+    """Reads pairs from shards; a bad sample is skipped and counted by its reason."""
 
     image_size: int
     interpolation: str
@@ -48,7 +63,7 @@ class PairReader:
     captions: str
     images: ImageConfig
 
-    def __call__(self, shards: Iterable[Shard], skipped: Counter[str]) -> Iterator[tuple[np.ndarray, str]]:
+    def __call__(self, shards: Iterable[Shard], skipped: Counter[str]) -> Iterator[Pair]:
         def skip(error: Exception) -> bool:
             # A damaged shard gives the pairs before the damage; its reader's receipt tells of it.
             if isinstance(error, TarsiftError):  # such as a store that is away: no damage of the shard
@@ -76,7 +91,8 @@ class PairReader:
             except UnusableImage as unusable:
                 skipped[unusable.reason] += 1
                 continue
-            yield pixels, caption
+            key = sample["__key__"].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            yield Pair(pixels, caption, sample["__url__"], key)
 
     def _selects(self, name: str) -> bool:
         part = split_name(name)[1]
@@ -91,49 +107,65 @@ class PairReader:
 
 @dataclass(frozen=True)
 class PairCache:
-    """All pairs of a dump in memory: pixels, each distinct caption's tokens, and which caption a pair has."""
+    """All pairs of a dump in memory: pixels, each distinct caption's tokens, and which caption a pair has.
+
+    `names` has the columns `shard` and `key`, a row per pair.
+    """
 
     pixels: UInt8[torch.Tensor, "n size size 3"]
     captions: Int64[torch.Tensor, " n"]
     tokens: Int64[torch.Tensor, "distinct length"]
     skipped: Counter[str]
+    names: pa.Table
 
 
 def load_pairs(
-    reader: PairReader, shards: Sequence[Shard], tokenizer: Callable[[list[str]], torch.Tensor], *, most: int
+    reader: PairReader, shards: Iterable[Shard], tokenizer: Callable[[list[str]], torch.Tensor], *, most: int
 ) -> PairCache:
     """Read all pairs of `shards`, at most `most`, into memory."""
     size = reader.image_size
     pixels = np.empty((most, size, size, 3), np.uint8)
     skipped: Counter[str] = Counter()
     distinct: dict[str, int] = {}
-    captions = []
-    for i, (picture, caption) in enumerate(islice(reader(shards, skipped), most)):
-        pixels[i] = picture
-        captions.append(distinct.setdefault(caption, len(distinct)))
+    captions, found, keys = [], [], []
+    for i, pair in enumerate(islice(reader(shards, skipped), most)):
+        pixels[i] = pair.pixels
+        captions.append(distinct.setdefault(pair.caption, len(distinct)))
+        found.append(pair.shard)
+        keys.append(pair.key)
     tokens = tokenizer(list(distinct)) if distinct else torch.zeros((0, 1), dtype=torch.long)
-    return PairCache(torch.from_numpy(pixels[: len(captions)]), torch.tensor(captions), tokens, skipped)
+    names = pa.table({"shard": pa.array(found, pa.string()), "key": pa.array(keys, pa.string())})
+    return PairCache(torch.from_numpy(pixels[: len(captions)]), torch.tensor(captions), tokens, skipped, names)
 
 
-def cached_batches(cache: PairCache, *, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+def cached_batches(
+    cache: PairCache, *, batch_size: int, seed: int, rank: int = 0, world: int = 1, start: int = 0
+) -> Iterator[Batch]:
     """Yield batches from memory without end: one permutation per epoch, what is over at its end left out.
 
-    Every rank gets its own `batch_size` pairs of each joint batch.
+    Every rank gets its own `batch_size` pairs of each joint batch. The first `start` batches are passed over.
     """
     n = len(cache.captions)
     joint = batch_size * world
     if n < joint:
         raise ValueError(f"a batch of {joint} pairs needs as many, got {n}: lower `batch_size`.")
-    for epoch in count():
-        order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(n))
-        for start in range(0, n - joint + 1, joint):
-            rows = order[start + rank * batch_size : start + (rank + 1) * batch_size]
-            yield Batch(cache.pixels[rows], cache.tokens[cache.captions[rows]], Counter())
+    order = None
+    for number in count(start):
+        epoch, place = divmod(number, n // joint)
+        if order is None or place == 0:
+            order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(n))
+        first = place * joint + rank * batch_size
+        rows = order[first : first + batch_size]
+        yield Batch(cache.pixels[rows], cache.tokens[cache.captions[rows]], Counter(), rows, epoch)
 
 
 @dataclass(frozen=True)
 class PairStream(IterableDataset):
-    """Batches streamed from shards without end; ranks and decoding processes share the shards out among them."""
+    """Batches streamed from shards without end; ranks and decoding processes share the shards out among them.
+
+    With `start`, the epochs that were seen before (2.5 is the middle of the third), it begins at about that
+    place: at a shard, and with a shuffle of its own, so that some pairs come twice or not at all in that epoch.
+    """
 
     reader: PairReader
     shards: Sequence[Shard]
@@ -143,6 +175,7 @@ class PairStream(IterableDataset):
     shuffle: int
     rank: int = 0
     world: int = 1
+    start: float = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
         process = get_worker_info()
@@ -153,22 +186,24 @@ class PairStream(IterableDataset):
                 f"{self.world * of} readers need as many shards, got {len(self.shards)}: lower `workers` or `decoders`."
             )
         skipped: Counter[str] = Counter()
-        pairs = filters.shuffle(self.shuffle, initial=self.shuffle, rng=random.Random(f"{self.seed} {share}"))(
+        rng = random.Random(f"{self.seed} {share} {self.start}" if self.start else f"{self.seed} {share}")
+        pairs = filters.shuffle(self.shuffle, initial=self.shuffle, rng=rng)(
             self._epochs(share, self.world * of, skipped)
         )
         while chunk := list(islice(pairs, self.batch_size)):
-            pixels, captions = zip(*chunk, strict=True)
+            pixels = torch.from_numpy(np.stack([pair.pixels for pair in chunk]))
             lost, _ = Counter(skipped), skipped.clear()
-            yield Batch(torch.from_numpy(np.stack(pixels)), self.tokenizer(list(captions)), lost)
+            yield Batch(pixels, self.tokenizer([pair.caption for pair in chunk]), lost)
 
-    def _epochs(self, share: int, of: int, skipped: Counter[str]) -> Iterator[tuple[np.ndarray, str]]:
-        for epoch in count():
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.shards))
+    def _epochs(self, share: int, of: int, skipped: Counter[str]) -> Iterator[Pair]:
+        for epoch in count(int(self.start)):
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.shards))[share::of]
+            passed = int(max(0.0, self.start - epoch) * len(order))
             found = 0
-            for pair in self.reader([self.shards[i] for i in order[share::of]], skipped):
+            for pair in self.reader([self.shards[i] for i in order[passed:]], skipped):
                 found += 1
                 yield pair
-            if not found:
+            if not found and not passed:
                 raise ValueError(f"no usable pair in an epoch of shards; skipped were {dict(skipped)}.")
 
 
@@ -189,7 +224,7 @@ def _opened(shards: Iterable[Shard], skip: Callable[[Exception], bool]) -> Itera
             skip(error)
             continue
         with closing(file):
-            yield {"url": shard.url, "stream": file}
+            yield {"url": shard.name, "stream": file}  # which webdataset hands on with every sample
 
 
 def _key(name: str) -> tuple[str | None, str]:

@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from tarsift.operators.regime import encoder_regime
+from tarsift.operators.sides import choose_sides
 from tarsift.pipelines.config import CleanConfig
 from tarsift.pipelines.embed import embed_fingerprint
+from tarsift.pipelines.fitting import TRUSTED
 from tarsift.pipelines.ledger import Ledger
-from tarsift.pipelines.run import EMBED, ROLE, open_run
-from tarsift.pipelines.score import TRUSTED
+from tarsift.pipelines.run import embed_name, open_run
 from tarsift.pipelines.text import size
 
 
@@ -27,7 +28,8 @@ class Plan:
         samples: of the shards that are embedded already; None while none is.
         passes: (name, what it does, shards done, shards in total).
         coverage: which poisoning rates the rule can see, as a sentence.
-        regime: what is known of encoder and dump, as a sentence.
+        encoders: per role (encoder, what is known of it and the dump, what it cannot see).
+        looked_for, not_looked_for: kinds of attack, if the encoders are what the roles say.
     """
 
     out: str
@@ -35,10 +37,10 @@ class Plan:
     bytes: int
     samples: int | None
     passes: list[tuple[str, str, int, int]]
-    encoder: str
-    regime: str
-    blind_to: str
-    coverage: str
+    encoders: dict[str, tuple[str, str, str]]
+    looked_for: tuple[str, ...]
+    not_looked_for: tuple[str, ...]
+    coverage: str | None
     resources: dict[str, Any]
     config: dict[str, Any] = field(repr=False)
 
@@ -58,31 +60,47 @@ def make_plan(inputs: str | Sequence[str], out: str, config: CleanConfig) -> Pla
     from tarsift.operators.encoder import encoder_info  # seconds to load, and `open_run` may refuse first
 
     run = open_run(inputs, out, config)
-    info = encoder_info(run.config.encoders[ROLE].spec)
     names = run.names
-    embedded = Ledger(out, EMBED, embed_fingerprint(run.config, ROLE, info)).entries(names)
-    passes = [(EMBED, "read, hash, decode and encode", len(embedded), len(names))]
+    passes, encoders, regimes = [], {}, {}
+    samples = embedded_shards = 0
+    for role in run.roles:
+        info = encoder_info(run.config.encoders[role].spec)
+        name = embed_name(role)
+        embedded = Ledger(out, name, embed_fingerprint(run.config, role, info)).entries(names)
+        passes.append((name, "read, hash, decode and encode", len(embedded), len(names)))
+        complete = len(embedded) == len(names)
+        digests = {name: entry["source"]["sha256"] for name, entry in embedded.items()} if complete else None
+        regime = encoder_regime(info, digests)
+        regimes[role] = regime.code if complete else None
+        what = f"{info.name} ({info.image_size} px, {info.embed_dim}-d, weights {info.weights_sha256[:12]})"
+        encoders[role] = what, regime.sentence, regime.blind_to
+        if role == run.roles[0]:
+            samples, embedded_shards = sum(entry["rows"] for entry in embedded.values()), len(embedded)
+    sides = choose_sides(regimes)
     for name, what in PASSES:
+        if name == "density" and not sides.density:
+            continue
         recorded = run.fingerprint_of(name)
         done = len(Ledger(out, name, recorded).entries(names)) if recorded else 0
         passes.append((name, what, done, len(names)))
-    samples = sum(entry["rows"] for entry in embedded.values())
-    complete = len(embedded) == len(names)
-    digests = {name: entry["source"]["sha256"] for name, entry in embedded.items()} if complete else None
-    regime = encoder_regime(info, digests)
     return Plan(
         out=out,
         shards=len(names),
         bytes=sum(shard.size for shard in run.shards),
-        samples=samples if embedded else None,
+        samples=samples if embedded_shards else None,
         passes=passes,
-        encoder=f"{info.name} ({info.image_size} px, {info.embed_dim}-d, weights {info.weights_sha256[:12]})",
-        regime=regime.sentence,
-        blind_to=regime.blind_to,
-        coverage=TRUSTED if config.reference.path else config.suspicion.coverage_sentence,
+        encoders=encoders,
+        looked_for=sides.looked_for,
+        not_looked_for=sides.not_looked_for,
+        coverage=coverage(config) if sides.density else None,
         resources=config.resources.model_dump(mode="json", exclude_none=True),
         config=run.config.model_dump(mode="json"),
     )
+
+
+def coverage(config: CleanConfig) -> str:
+    """Say which poison rates the density side covers."""
+    return TRUSTED if config.reference.path else config.suspicion.coverage_sentence
 
 
 PASSES = (
@@ -104,8 +122,13 @@ def render_plan(plan: Plan, console: Console) -> None:
     console.print(table, highlight=False)
     known = "not known before they are read" if plan.samples is None else f"{plan.samples:,} so far"
     console.print(f"samples    {known}", highlight=False)
-    console.print(f"encoder    {plan.encoder}", highlight=False)
-    console.print(f"           {plan.regime} {plan.blind_to}", highlight=False)
-    console.print(f"coverage   {plan.coverage}", highlight=False)
+    for role, (what, regime, blind_to) in plan.encoders.items():
+        console.print(f"{role:<10} {what}", highlight=False)
+        console.print(f"           {regime} It cannot see {blind_to}", highlight=False)
+    for title, kinds in (("looks for", plan.looked_for), ("not for", plan.not_looked_for)):
+        for kind in kinds:
+            console.print(f"{title:<10} {kind}", highlight=False)
+    if plan.coverage:
+        console.print(f"coverage   {plan.coverage}", highlight=False)
     console.print("settings", highlight=False)
     console.print(yaml.safe_dump(plan.config, sort_keys=False), highlight=False, markup=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,30 @@ def poison(
         ShardError: if a shard is damaged.
     """
     config = PoisonConfig(**{**(config or PoisonConfig()).model_dump(), **settings})
+    dump = _checked(shards, out, config)
+    with session():
+        return _plant(*dump, config, _in_tasks)
+
+
+def poison_here(shards: str | Sequence[str], *, out: str, config: PoisonConfig) -> PoisonSummary:
+    """Do what `poison` does in this process, shard after shard and without Ray."""
+    return _plant(*_checked(shards, out, config), config, _one_by_one)
+
+
+Each = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], list[Any]]
+
+
+def _in_tasks(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> list[Any]:
+    task: Any = ray.remote(function).options(**TASK_OPTIONS)
+    return ray.get([task.remote(*arguments) for arguments in calls])
+
+
+def _one_by_one(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> list[Any]:
+    return [function(*arguments) for arguments in calls]
+
+
+def _checked(shards: str | Sequence[str], out: str, config: PoisonConfig) -> tuple[list[Shard], str]:
+    """Return the shards to read and the folder to write to, if nothing speaks against it."""
     check_poison(config)
     out = storage.absolute(out)
     sources = list_shards(shards)
@@ -70,17 +94,18 @@ def poison(
     same = {storage.filesystem(s.url)[1] for s in sources} & {storage.filesystem(o)[1] for o in outputs}
     if same:
         raise UsageError(f"`out` would overwrite {sorted(same)[0]}, which is read: give another folder.")
-    with session():
-        survey = ray.remote(survey_shard).options(**TASK_OPTIONS)
-        surveys = ray.get([survey.remote(shard, config) for shard in sources])
-        chosen = choose(surveys, config)
-        one_image = _repeated_images(sources, surveys, chosen, config)
-        rewrite: Any = ray.remote(poison_shard).options(**TASK_OPTIONS)
-        jobs = [
-            rewrite.remote(shard, output, config, chosen[shard.name], one_image)
-            for shard, output in zip(sources, outputs, strict=True)
-        ]
-        truth = pa.concat_tables([TRUTH_SCHEMA.empty_table(), *ray.get(jobs)])
+    return sources, out
+
+
+def _plant(sources: list[Shard], out: str, config: PoisonConfig, each: Each) -> PoisonSummary:
+    outputs = [storage.join(out, f"{shard.name}.tar") for shard in sources]
+    surveys = each(survey_shard, [(shard, config) for shard in sources])
+    chosen = choose(surveys, config)
+    one_image = _repeated_images(sources, surveys, chosen, config, each)
+    jobs = [
+        (shard, output, config, chosen[shard.name], one_image) for shard, output in zip(sources, outputs, strict=True)
+    ]
+    truth = pa.concat_tables([TRUTH_SCHEMA.empty_table(), *each(poison_shard, jobs)])
     samples = sum(survey.rows for survey in surveys)
     buffer = io.BytesIO()
     pq.write_table(truth, buffer)
@@ -95,13 +120,13 @@ def _repeated_images(
     surveys: Sequence[Survey],
     chosen: Mapping[str, Mapping[int, Chosen]],
     config: PoisonConfig,
+    each: Each,
 ) -> dict[str, bytes]:
     """Fetch the image of each attack that repeats one."""
-    fetch = ray.remote(image_of).options(**TASK_OPTIONS)
     by_name = {shard.name: shard for shard in shards}
     found = {}
     for attack in config.attacks:
         if ATTACKS[attack].one_image and any(c.attack == attack for rows in chosen.values() for c in rows.values()):
             name, row = first_chosen(surveys, chosen, attack)
-            found[attack] = ray.get(fetch.remote(by_name[name], row, config))
+            [found[attack]] = each(image_of, [(by_name[name], row, config)])
     return found

@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import pyarrow.fs
+import pyarrow as pa
 import ray
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from tarsift import __version__
 from tarsift.operators import storage
 from tarsift.operators.decoding import ImageConfig
-from tarsift.operators.errors import TarsiftError, UsageError
+from tarsift.operators.encoder import short_name
+from tarsift.operators.errors import Interrupted, TarsiftError, UsageError
 from tarsift.operators.models import (
+    Base,
     build_model,
     build_tokenizer,
     load_checkpoint,
+    load_encoder,
+    load_weights,
     model_config,
     preprocessing,
     save_checkpoint,
+    state_sha256,
+    weights_sha256,
 )
 from tarsift.operators.shards import ReadConfig, ReadShard, Shard, ShardEnd, list_shards
-from tarsift.pipelines.pairs import PairReader, PairStream, cached_batches, load_pairs, streamed_batches
+from tarsift.pipelines.pair_losses import PairLosses
+from tarsift.pipelines.pairs import Batch, PairReader, PairStream, cached_batches, load_pairs, streamed_batches
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.session import TASK_OPTIONS, session
-from tarsift.pipelines.training import TrainConfig, torch_threads, train_clip
+from tarsift.pipelines.snapshots import Snapshots
+from tarsift.pipelines.train_workers import patiently, run_workers
+from tarsift.pipelines.training import (
+    FURTHER_LR,
+    LR,
+    TrainConfig,
+    Training,
+    gathered,
+    seeded,
+    torch_threads,
+    train_clip,
+)
 
 
 class PretrainConfig(BaseModel):
@@ -36,7 +59,15 @@ class PretrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field(default="tiny", description="`tiny`, a JSON config of stock towers, or an open_clip name")
+    model: str | None = Field(
+        default=None,
+        description="`tiny`, a JSON config of stock towers, or an open_clip name; None = that of `base`, else `tiny`",
+    )
+    base: str | None = Field(
+        default=None,
+        description="encoder to train further: enc.pt of `pretrain`, ARCHITECTURE:FILE or ARCHITECTURE:TAG; "
+        "None = random weights",
+    )
     epochs: int = Field(default=20, ge=1, description="passes over the pairs; only whole batches count")
     steps: int | None = Field(default=None, ge=1, description="optimiser steps, in place of `epochs`")
     batch_size: int = Field(default=128, ge=2, description="pairs per step, over all workers")
@@ -48,13 +79,25 @@ class PretrainConfig(BaseModel):
     decoders: int = Field(default=0, ge=0, description="processes per worker that decode streamed shards")
     cache_bytes: int = Field(default=2 << 30, ge=0, description="pixels up to this size are kept in memory")
     shuffle: int = Field(default=5000, ge=1, description="pairs in the shuffle buffer of streamed shards")
+    snapshot_s: float = Field(
+        default=60.0,
+        ge=0,
+        description="seconds between snapshots from which an interrupted training goes on (streamed shards: at about "
+        "the same place); more where writing one takes over a twentieth of that; 0 = after every step",
+    )
+    losses: str | None = Field(
+        default=None, description="Parquet file for the loss of every pair in every epoch (shard, key, losses)"
+    )
     read: ReadConfig = Field(default=ReadConfig(), description="where captions are")
     images: ImageConfig = Field(default=ImageConfig(), description="which images are usable")
 
 
 @dataclass(frozen=True)
 class PretrainSummary:
-    """What `pretrain` did; `skipped` counts samples by reason, over one epoch where pairs are in memory."""
+    """What `pretrain` did; `skipped` counts samples by reason, over one epoch where pairs are in memory.
+
+    `went_on_from` are the steps that an earlier, interrupted call had done.
+    """
 
     checkpoint: str
     steps: int
@@ -63,6 +106,8 @@ class PretrainSummary:
     loss: float
     skipped: dict[str, int]
     wall_s: float
+    weights_sha256: str
+    went_on_from: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,35 +125,42 @@ def pretrain(
     *,
     out: str,
     config: PretrainConfig | None = None,
+    force: bool = False,
     progress: Listener = silent,
     **settings: Any,
 ) -> PretrainSummary:
     """Train a CLIP on shards and write an encoder file that records what it was trained on.
 
-    Runs in a Ray Train worker group: in the session that is there, else in one of its own.
+    Runs in a Ray Train worker group: in the session that is there, else in one of its own. Interrupted, the same
+    call goes on from the last snapshot (`OUT.part`): with pairs in memory, one worker and a CPU to the same bytes.
 
     Args:
         shards: paths, globs, brace patterns, folders or URLs.
         out: the encoder file; with workers on several machines, on storage that all of them share.
         config: the settings.
+        force: begin anew, whatever a snapshot is of.
         progress: told of shards digested, and of training as it starts and ends.
         settings: fields of `PretrainConfig` that override.
 
     Raises:
-        UsageError: if a setting is wrong, `ray[train]` is missing, or there are too few pairs.
+        UsageError: if a setting is wrong, `ray[train]` is missing, there are too few pairs, or there is a
+            snapshot of a training with other settings or shards (`ChangedError`).
+        Interrupted: if it was asked to stop, and will go on from a snapshot.
     """
     config = PretrainConfig(**{**(config or PretrainConfig()).model_dump(), **settings})
-    model_config(config.model)
-    out = storage.absolute(out)
+    out, start = storage.absolute(out), time.monotonic()
+    if config.losses is not None:
+        config = config.model_copy(update={"losses": storage.absolute(config.losses)})
+    origin = _origin(config, out)
     found = list_shards(shards)
     if config.batch_size % config.workers:
         raise UsageError(f"batch_size {config.batch_size} cannot be shared among {config.workers} workers evenly.")
-    start = time.monotonic()
     with session():
-        digests = _digest_all(found, config, progress)
-        job = _Job(found, digests, out, config)
-        progress(Event("pretrain", 0, job.steps, unit="steps"))
-        metrics = _run_workers(job)
+        job = _Job(found, _digest_all(found, config, progress), out, config, origin)
+        done = job.begin(force=force)
+        note = f"goes on from {job.snapshots().url}" if done else ""
+        progress(Event("pretrain", done, job.steps, unit="steps", note=note))
+        metrics = {**_run_job(job, origin), "went_on_from": done}  # workers that died went on from later ones
     progress(Event("pretrain", job.steps, job.steps, samples=metrics["samples"], unit="steps", finished=True))
     return PretrainSummary(checkpoint=out, wall_s=time.monotonic() - start, **metrics)
 
@@ -118,13 +170,18 @@ def pretrain_here(
     *,
     out: str,
     config: PretrainConfig,
+    force: bool = False,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> PretrainSummary:
     """Do what `pretrain` does in this process, with one worker and without Ray."""
-    found = list_shards(shards)
     start = time.monotonic()
-    job = _Job(found, [digest_shard(shard, config.read) for shard in found], out, config)
-    return PretrainSummary(checkpoint=out, **_train(job, on_step=on_step), wall_s=time.monotonic() - start)
+    config = config.model_copy(update={"workers": 1})
+    origin = _origin(config, out)
+    found = list_shards(shards)
+    job = _Job(found, [digest_shard(shard, config.read) for shard in found], out, config, origin)
+    job.begin(force=force)
+    metrics = patiently(lambda asked: _train(job, origin.weights, on_step=on_step, asked=asked))
+    return PretrainSummary(checkpoint=out, **metrics, wall_s=time.monotonic() - start)
 
 
 def digest_shard(shard: Shard, read: ReadConfig) -> ShardDigest:
@@ -140,98 +197,244 @@ def digest_shard(shard: Shard, read: ReadConfig) -> ShardDigest:
     return ShardDigest(shard.name, end.sha256, pairs, [str(problem) for problem in end.problems])
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Origin:
+    """What training begins with: an architecture and, where a base is trained further, that and its weights."""
+
+    architecture: dict[str, Any]
+    base: Base | None = None
+    weights: Callable[[], Mapping[str, torch.Tensor]] | None = None
+
+
+def _origin(config: PretrainConfig, out: str) -> _Origin:
+    """Find the architecture, and the base if there is one; refuses what does not go together."""
+    if config.losses is not None and storage.absolute(config.losses) == storage.absolute(out):
+        raise UsageError(f"`losses` and `out` are both {out}: give another file for one of them.")
+    if config.base is None:
+        return _Origin(model_config(config.model or "tiny"))
+    encoder = load_encoder(config.base)
+    name = short_name(config.base)
+    if encoder.config is None:
+        raise UsageError(
+            f"{config.base} cannot be trained further: give an encoder file, ARCHITECTURE:FILE or ARCHITECTURE:TAG."
+        )
+    if config.model is not None and _towers(model_config(config.model)) != _towers(encoder.config):
+        raise UsageError(f"{name} is no {config.model}: leave `--model` out, the architecture is that of the base.")
+    if storage.absolute(out) in (storage.absolute(part) for part in (config.base, config.base.partition(":")[2])):
+        raise UsageError(f"{out} is the base itself, which is needed until training is done: give another `out`.")
+    unknown = encoder.unknown_base or (name if encoder.trained_on is None else None)
+    base = Base(name, encoder.weights_sha256, encoder.trained_on or {}, encoder.steps, unknown)
+    return _Origin(encoder.config, base, encoder.model.state_dict)
+
+
+def _towers(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in architecture.items() if name != "preprocess_cfg"}
+
+
 class _Job:
     """All that a worker needs to know."""
 
-    shards: list[Shard]
-    digests: list[ShardDigest]
-    out: str
-    config: PretrainConfig
-
-    def __post_init__(self) -> None:
-        self.pairs = sum(digest.pairs for digest in self.digests)
+    def __init__(
+        self, shards: list[Shard], digests: list[ShardDigest], out: str, config: PretrainConfig, origin: _Origin
+    ) -> None:
+        self.shards, self.digests, self.out = shards, digests, out
+        self.architecture, self.base = origin.architecture, origin.base
+        lr = config.train.lr or (FURTHER_LR if self.base else LR)
+        self.config = config.model_copy(update={"train": config.train.model_copy(update={"lr": lr})})
+        self.pairs = sum(digest.pairs for digest in digests)
         if self.pairs < 2:
-            raise UsageError(f"there is nothing to train on: {len(self.shards)} shards with {self.pairs} usable pairs.")
-        self.batch_size = min(self.config.batch_size, self.pairs // self.config.workers * self.config.workers)
-        self.steps = self.config.steps or self.config.epochs * (self.pairs // self.batch_size)
+            raise UsageError(f"there is nothing to train on: {len(shards)} shards with {self.pairs} usable pairs.")
+        self.batch_size = min(config.batch_size, self.pairs // config.workers * config.workers)
+        self.steps = config.steps or config.epochs * (self.pairs // self.batch_size)
+        size = self.architecture["vision_cfg"].get("image_size", 224)  # open_clip's default
+        self.image_size = int(size[0] if isinstance(size, tuple | list) else size)
+        needed = self.pairs * self.image_size**2 * 3
+        self.in_memory = needed <= config.cache_bytes
+        if config.losses is not None and not self.in_memory:
+            raise UsageError(
+                f"`losses` needs all pairs in memory: they take {needed} bytes, and `cache_bytes` is "
+                f"{config.cache_bytes}. Raise that to as much, or train without `losses`."
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the trained weights depend on, apart from how the work is spread."""
+        config = self.config
+        shards = json.dumps([(digest.name, digest.sha256) for digest in self.digests])
+        return {
+            "architecture": self.architecture,
+            "base": self.base.weights_sha256 if self.base else None,
+            "shards": hashlib.sha256(shards.encode()).hexdigest()[:16],
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "captions": config.read.captions,
+            "in_memory": self.in_memory,
+            "shuffle": None if self.in_memory else config.shuffle,
+            "losses": config.losses is not None,
+            **config.model_dump(mode="json", include={"seed", "train", "images"}),
+        }
+
+    def snapshots(self) -> Snapshots:
+        return Snapshots(self.out, self.settings(), every_s=self.config.snapshot_s)
+
+    def begin(self, *, force: bool) -> int:
+        """Return the steps that are done already; with `force` none, whatever there is."""
+        if force:
+            self.snapshots().remove()
+        return self.snapshots().step()
 
 
 def _train(
     job: _Job,
+    weights: Callable[[], Mapping[str, torch.Tensor]] | None,
     *,
     rank: int = 0,
     device: Any = "cpu",
     wrap: Callable[[Any], Any] = lambda towers: towers,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
+    asked: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Train as worker `rank` of those in the job's settings; worker 0 writes the encoder file."""
-    config = job.config
-    with torch_threads(config.threads):
-        architecture = model_config(config.model)
-        model: Any = build_model(architecture, seed=config.seed)
-        batches, skipped, pairs = _batches(job, rank, model.visual.image_size)
-        normalize = preprocessing(architecture)
+    """Train as worker `rank` of those in the job's settings; worker 0 writes snapshots and the encoder file."""
+    config, world = job.config, job.config.workers
+    snapshots = job.snapshots()
+    kept = snapshots.read()
+    done = kept["training"]["step"] if kept else 0
+    if gathered(torch.tensor([done], device=device), world).unique().numel() > 1:
+        raise TarsiftError(f"not all workers see {snapshots.url}: give `out` on storage that all machines share.")
+    with torch_threads(config.threads), seeded([config.seed, rank, done], device):
+        model: Any = build_model(job.architecture, seed=config.seed)
+        if kept is None and weights is not None:
+            load_weights(model, weights(), f"{config.base}")
+        data = _load(job, rank, done, asked)
+        record = None
+        if data.names is not None and config.losses is not None:
+            record = PairLosses(data.names, data.epochs(job.steps), gathered=partial(gathered, world=world))
+            record.values = kept["losses"] if kept else record.values
+        if kept and rank:  # the random state that is kept is that of worker 0
+            kept["training"] |= {"random": torch.get_rng_state(), "random_cuda": None}
+        normalize = preprocessing(job.architecture)
         log = train_clip(
             model,
-            batches,
+            data.batches,
             steps=job.steps,
             config=config.train,
             normalize=(normalize.mean, normalize.std),
             device=device,
             rank=rank,
-            world=config.workers,
+            world=world,
             wrap=wrap,
             on_step=on_step,
+            on_pairs=record,
+            after_step=_Keep(job, snapshots, record, rank, asked),
+            state=kept and kept["training"],
         )
     tail = log.losses[-20:]
     metrics = {
         "steps": job.steps,
         "samples": job.steps * job.batch_size,
-        "pairs": pairs,
+        "pairs": data.pairs,
         "loss": sum(tail) / len(tail),
-        "skipped": dict(skipped + log.skipped),
+        "skipped": dict(data.skipped + log.skipped),
     }
+    weights_digest = weights_sha256(model)
     if rank == 0:
-        save_checkpoint(
-            job.out,
-            model,
-            config=architecture,
-            shards={digest.name: digest.sha256 for digest in job.digests},
-            steps=metrics["steps"],
-            samples=metrics["samples"],
-            seed=config.seed,
-            extra={
-                "tarsift": __version__,
-                "model": config.model,
-                "tokenizer": architecture["text_cfg"].get("hf_tokenizer_name") or "open_clip byte-pair encoding",
-                "settings": config.model_dump(mode="json"),
-                "pairs": pairs,
-                "loss": metrics["loss"],
-                "skipped": metrics["skipped"],
-            },
-        )
-    return metrics
+        if record is not None:
+            record.write(f"{config.losses}", {"version": __version__, "weights_sha256": weights_digest})
+        _save(job, model, metrics)
+        snapshots.remove()
+    return {**metrics, "weights_sha256": weights_digest, "went_on_from": done}
 
 
-def _batches(job: _Job, rank: int, image_size: Any) -> tuple[Any, Counter[str], int]:
-    """Return this worker's batches without end, what was skipped so far, and the number of pairs."""
+@dataclass
+class _Keep:
+    """After a step: a snapshot where one is due, and the end of training if that was asked for."""
+
+    job: _Job
+    snapshots: Snapshots
+    record: PairLosses | None
+    rank: int
+    asked: Callable[[], bool]
+
+    def __call__(self, training: Training) -> None:
+        if training.step == self.job.steps:
+            return
+        stop = self.asked()
+        if self.rank == 0 and (stop or self.snapshots.due()):
+            losses = self.record.values if self.record else None
+            self.snapshots.write(training.step, {"training": training.state_dict(), "losses": losses})
+        if stop:
+            raise Interrupted(
+                f"stopped after {training.step} of {self.job.steps} steps, which {self.snapshots.url} keeps; "
+                "run the same command again to go on."
+            )
+
+
+def _save(job: _Job, model: torch.nn.Module, metrics: Mapping[str, Any]) -> None:
     config = job.config
-    architecture = model_config(config.model)
-    settings = preprocessing(architecture)
-    size = image_size[0] if isinstance(image_size, tuple | list) else int(image_size)
-    tokenizer = build_tokenizer(architecture, config.model)
-    reader = PairReader(size, settings.interpolation, settings.resize_mode, config.read.captions, config.images)
-    order = {"seed": config.seed, "rank": rank, "world": config.workers}
-    share = job.batch_size // config.workers
+    save_checkpoint(
+        job.out,
+        model,
+        config=job.architecture,
+        shards={digest.name: digest.sha256 for digest in job.digests},
+        steps=metrics["steps"],
+        samples=metrics["samples"],
+        seed=config.seed,
+        base=job.base,
+        extra={
+            "tarsift": __version__,
+            "model": config.model or (job.base.name if job.base else "tiny"),
+            "tokenizer": job.architecture["text_cfg"].get("hf_tokenizer_name") or "open_clip byte-pair encoding",
+            "settings": config.model_dump(mode="json"),
+            **{name: metrics[name] for name in ("pairs", "loss", "skipped")},
+        },
+    )
+
+
+@dataclass(frozen=True)
+class _Data:
+    """A worker's batches without end, what was skipped so far, and the number of pairs.
+
+    `names` has a row per pair in memory, None where they are streamed; `joint` pairs make a batch of all workers.
+    """
+
+    batches: Iterator[Batch]
+    skipped: Counter[str]
+    pairs: int
+    joint: int
+    names: pa.Table | None = None
+
+    def epochs(self, steps: int) -> int:
+        return math.ceil(steps / (self.pairs // self.joint))
+
+
+def _load(job: _Job, rank: int, done: int, asked: Callable[[], bool]) -> _Data:
+    """Load this worker's part of the pairs, or open them as a stream, from the step after `done` on."""
+    config, world = job.config, job.config.workers
+    settings = preprocessing(job.architecture)
+    tokenizer = build_tokenizer(job.architecture, config.model or "")
+    reader = PairReader(
+        job.image_size, settings.interpolation, settings.resize_mode, config.read.captions, config.images
+    )
+    share = job.batch_size // world
     damage = Counter(problem.split(":")[0] for digest in job.digests for problem in digest.problems)
-    if job.pairs * size * size * 3 <= config.cache_bytes:
-        cache = load_pairs(reader, job.shards, tokenizer, most=job.pairs)
+    if job.in_memory:
+        cache = load_pairs(reader, _until(asked, job.shards), tokenizer, most=job.pairs)
         pairs = len(cache.captions)
-        share = min(share, pairs // config.workers)
-        return cached_batches(cache, batch_size=share, **order), cache.skipped + damage, pairs
-    stream = PairStream(reader, job.shards, tokenizer, batch_size=share, shuffle=config.shuffle, **order)
-    return streamed_batches(stream, decoders=config.decoders), damage, job.pairs
+        share = min(share, pairs // world)
+        batches = cached_batches(cache, batch_size=share, seed=config.seed, rank=rank, world=world, start=done)
+        return _Data(batches, cache.skipped + damage, pairs, share * world, cache.names)
+    seen = done * job.batch_size / job.pairs
+    stream = PairStream(
+        reader, job.shards, tokenizer, batch_size=share, seed=config.seed, shuffle=config.shuffle,
+        rank=rank, world=world, start=seen,
+    )  # fmt: skip
+    return _Data(streamed_batches(stream, decoders=config.decoders), damage, job.pairs, job.batch_size)
+
+
+def _until(asked: Callable[[], bool], shards: Iterable[Shard]) -> Iterator[Shard]:
+    for shard in shards:
+        if asked():
+            raise Interrupted("stopped before training; run the same command again.")
+        yield shard
 
 
 def _digest_all(shards: Sequence[Shard], config: PretrainConfig, progress: Listener) -> list[ShardDigest]:
@@ -247,54 +450,20 @@ def _digest_all(shards: Sequence[Shard], config: PretrainConfig, progress: Liste
     return [done[i] for i in range(len(shards))]
 
 
-def _run_workers(job: _Job) -> dict[str, Any]:
-    """Train in a Ray Train worker group; return what the encoder file says of it."""
-    try:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
-    except ImportError as error:
-        raise UsageError(f"`pretrain` needs Ray Train: pip install 'tarsift[train]' ({error}).") from error
+def _run_job(job: _Job, origin: _Origin) -> dict[str, Any]:
+    """Train in a Ray Train worker group, and see that what it wrote can be read here."""
+    weights = None
+    if origin.weights is not None:
+        weights = partial(ray.get, ray.put(dict(origin.weights())))
     config = job.config
-    gpus = config.gpus_per_worker
-    if gpus is None:
-        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) >= config.workers else 0.0
-    resources = {"CPU": float(config.threads + config.decoders), **({"GPU": gpus} if gpus else {})}
-    # Ray Train keeps a record on storage that all workers see: beside `out`, which has to be such a place.
-    fs, path = storage.filesystem(job.out)
-    record = f"{path}.train"
-    filesystem = None if storage.is_local(job.out) else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
-    storage.remove(job.out)
-    try:
-        TorchTrainer(
-            _worker,
-            train_loop_config={"job": job},
-            scaling_config=ScalingConfig(
-                num_workers=config.workers, use_gpu=bool(gpus), resources_per_worker=resources
-            ),
-            run_config=RunConfig(
-                name="run",
-                storage_path=record,
-                storage_filesystem=filesystem,
-                failure_config=FailureConfig(max_failures=0),
-            ),
-        ).fit()
-    finally:
-        if fs.exists(record):
-            fs.rm(record, recursive=True)
-    if not storage.exists(job.out):
-        raise TarsiftError(f"{job.out} was written on another machine: give `out` on storage that all machines share.")
-    checkpoint = load_checkpoint(job.out)
-    extra = {name: checkpoint.extra[name] for name in ("pairs", "loss", "skipped")}
-    return {"steps": checkpoint.steps, "samples": checkpoint.samples, **extra}
-
-
-def _worker(settings: dict[str, Any]) -> None:
-    from ray.train import get_context
-    from ray.train.torch import get_device, prepare_model
-
-    _train(
-        settings["job"],
-        rank=get_context().get_world_rank(),
-        device=get_device(),
-        wrap=lambda towers: prepare_model(towers, move_to_device=False),
+    metrics = run_workers(
+        partial(_train, job, weights),
+        out=job.out,
+        workers=config.workers,
+        cpus=float(config.threads + config.decoders),
+        gpus=config.gpus_per_worker,
     )
+    written = state_sha256(load_checkpoint(job.out).state_dict) if storage.exists(job.out) else None
+    if written != metrics["weights_sha256"]:
+        raise TarsiftError(f"{job.out} was written on another machine: give `out` on storage that all machines share.")
+    return metrics

@@ -15,6 +15,7 @@ from tarsift.operators import storage
 from tarsift.operators.errors import BusyError, ChangedError, UsageError
 from tarsift.operators.schema import SCHEMA_VERSION
 from tarsift.operators.shards import Shard, list_shards
+from tarsift.operators.sides import ROLES
 from tarsift.pipelines.commit import PassResult
 from tarsift.pipelines.config import CleanConfig, parse_config, put_setting, refuse_changes
 from tarsift.pipelines.failures import failures_told
@@ -23,8 +24,6 @@ from tarsift.pipelines.lock import hold
 from tarsift.pipelines.progress import Listener, silent
 from tarsift.pipelines.session import session
 
-ROLE = "detect"
-EMBED = f"embed.{ROLE}"
 PACKAGES = ("ray", "torch", "open_clip_torch", "faiss-cpu", "faiss-gpu", "pyarrow", "numpy", "Pillow", "tarsift")
 
 
@@ -48,13 +47,18 @@ class Run:
         return [shard.name for shard in self.shards]
 
     @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that have an encoder; the first one's files say which samples there are."""
+        return tuple(role for role in ROLES if role in self.config.encoders)
+
+    @property
     def embedded(self) -> dict[str, dict[str, Any]]:
-        """Ledger entries of the embed pass by shard: its source, what was read from it, and its part.
+        """Ledger entries of the (first) embed pass by shard: its source, what was read from it, and its part.
 
         Raises:
             UsageError: if shards are not embedded yet.
         """
-        return self.complete(EMBED)[1]
+        return self.complete(embed_name(self.roles[0]))[1]
 
     @property
     def digests(self) -> dict[str, str]:
@@ -111,7 +115,8 @@ class Run:
         entries = Ledger(self.out, name, print_).entries(self.names) if print_ else {}
         missing = [n for n in self.names if n not in entries]
         if missing or print_ is None:
-            again = f"tarsift {name} {self.out}" if name != EMBED else "tarsift embed` or `tarsift clean"
+            embeds = name.startswith("embed.")
+            again = "tarsift embed` or `tarsift clean" if embeds else f"tarsift {name} {self.out}"
             raise UsageError(
                 f"{len(missing)} of {len(self.shards)} shards of {self.out} have not been through the pass {name} "
                 f"(first: {missing[0] if missing else '-'}): run `{again}` first."
@@ -131,6 +136,11 @@ class Run:
         return [n for n in ("flag", "write") if self.fingerprint_of(n) not in (None, wanted[n])]
 
 
+def embed_name(role: str) -> str:
+    """Return the name of the pass that embeds with the encoder of a role."""
+    return f"embed.{role}"
+
+
 def open_run(inputs: str | Sequence[str], out: str, config: CleanConfig, *, progress: Listener = silent) -> Run:
     """Start a result folder, or go on with the one that is there; nothing is written before it is `held`.
 
@@ -138,14 +148,15 @@ def open_run(inputs: str | Sequence[str], out: str, config: CleanConfig, *, prog
         ChangedError: if `out` was made from other shards or with other settings.
         UsageError: if no encoder is given or nothing is found.
     """
-    if ROLE not in config.encoders:
+    if not config.encoders:
         raise UsageError(
             "no encoder: give --encoder detect=MODEL, a CLIP trained on this dump "
-            "(`tarsift pretrain SHARDS --out enc.pt`, then --encoder detect=enc.pt)."
+            "(`tarsift pretrain SHARDS --out enc.pt`, then --encoder detect=enc.pt), --encoder witness=MODEL, one that "
+            "never saw it, or both."
         )
-    unknown = sorted(set(config.encoders) - {ROLE})
+    unknown = sorted(set(config.encoders) - set(ROLES))
     if unknown:
-        raise UsageError(f"encoder role {unknown[0]!r} is not used yet; the only role is {ROLE!r}.")
+        raise UsageError(f"there is no encoder role {unknown[0]!r}; the roles are {' and '.join(ROLES)}.")
     out = storage.absolute(out)
     config = with_absolute_paths(config)
     shards = list_shards(inputs)

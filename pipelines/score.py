@@ -1,19 +1,19 @@
-"""Embeddings to scores: draw the reference, score densities, smooth over neighbours.
+"""Embeddings to scores, by what each side has: the density of images, and how well captions fit.
 
 Four short passes over stored embeddings, each linear in the number of samples:
 
-1. `reference`  a hashed sample of distinct images -> the fitted rule        reference/<role>.npz
-2. `density`    every sample against the reference                          density/<shard>.parquet
-3. `enriched`   suspects and as many others                                 reference/<role>.smoothing.npz
-4. `score`      every sample smoothed over its neighbours in (3)            scores/<shard>.parquet
+1. `reference`  a hashed sample of distinct images -> what needs no scores    reference/{density,mismatch}.npz
+2. `density`    every sample against the reference                           density/<shard>.parquet
+3. `enriched`   suspects and as many others -> smoothing, verdict             reference/{smoothing,verdict}.npz
+4. `score`      every sample smoothed over its neighbours in (3), judged      scores/<shard>.parquet
+
+Without an encoder that was trained on the dump there is no density, and (2) is left out.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import io
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,33 +22,24 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.exceptions import RayTaskError
 
-from tarsift.clip_detect.suspicion import (
-    DensityRule,
-    ScoredRows,
-    SmoothingRule,
-    SuspicionConfig,
-    fit_density,
-    fit_smoothing,
-)
-from tarsift.clip_detect.threshold import median_mad
-from tarsift.operators import storage
+from tarsift.clip_detect.mismatch import MismatchRule
+from tarsift.clip_detect.suspicion import DensityRule, SmoothingRule
+from tarsift.clip_detect.verdict import Verdict
 from tarsift.operators.errors import UsageError
-from tarsift.operators.folds import CountDuplicates, FetchRows, Side, SmallestHashes
-from tarsift.operators.scorer import ScoreDensity, SmoothScores
+from tarsift.operators.scorer import CountCopies, Judge, ScoreDensity, ScoreMismatch, SmoothScores
 from tarsift.operators.shards import Shard
+from tarsift.operators.sides import Sides
 from tarsift.operators.stored import ReadStored, Stored
 from tarsift.pipelines.commit import SINK_CPUS, PassResult, run_pass
 from tarsift.pipelines.config import CleanConfig
-from tarsift.pipelines.folding import run_fold
+from tarsift.pipelines.fitting import ScoreFolders, fit_enriched, fit_reference, load_arrays, rule_file
 from tarsift.pipelines.ledger import Ledger, fingerprint
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.reading import shard_items, shards_of
-from tarsift.pipelines.session import ACTOR_OPTIONS, TASK_OPTIONS, map_tables
+from tarsift.pipelines.session import ACTOR_OPTIONS, map_tables
 
-# A partition of the duplicate count holds about this many distinct images in memory.
-IMAGES_PER_PARTITION = 4_000_000
+BOTH_TOWERS = ("image_embedding", "text_embedding")
 CARRIED = ("shard", "row", "key", "uid", "image_sha256", "clip_similarity", "image_norm", "error")
 
 
@@ -63,162 +54,14 @@ def dump_key(embedded: Mapping[str, Mapping[str, Any]], config: CleanConfig) -> 
     return hashlib.sha256("\n".join(digests).encode()).digest()
 
 
-@dataclass(frozen=True)
-class ScoreFolders:
-    """Where the passes of one result folder keep their files."""
-
-    out: str
-    role: str = "detect"
-
-    @property
-    def embeddings(self) -> str:
-        return storage.join(self.out, "embeddings", self.role)
-
-    @property
-    def density(self) -> str:
-        return storage.join(self.out, "density")
-
-    def rule(self, name: str) -> str:
-        return storage.join(self.out, "reference", f"{self.role}.{name}.npz")
-
-
-def fit_reference(
-    shards: Sequence[Shard], folders: ScoreFolders, config: CleanConfig, key: bytes, *, samples: int
-) -> dict[str, Any]:
-    """Fit the density rule on a hashed sample of the dump, count duplicates, and save both.
-
-    Returns:
-        What `run.json` says about the reference.
-    """
-    names = [shard.name for shard in shards]
-    hashes = run_fold(SmallestHashes(config.suspicion.candidates, key=key), names, [folders.embeddings])
-    if not len(hashes):
-        raise UsageError("no sample of the dump has an image embedding; see the error counts in the ledger.")
-    rows = run_fold(FetchRows(int(hashes[-1]), key=key), names, [folders.embeddings])
-    trusted = trusted_reference(config.reference.path, key) if config.reference.path else None
-    rule = run_job(fit_density, rows["embeddings"], rows["ids"], rows["hashes"], config, reference=trusted)
-    partitions = max(1, -(-samples // IMAGES_PER_PARTITION))
-    pairs = [run_fold(CountDuplicates(p, partitions, key=key), names, [folders.embeddings]) for p in range(partitions)]
-    ids, counts = (np.concatenate(columns) for columns in zip(*pairs, strict=True))
-    order = np.argsort(ids)
-    save_arrays(folders.rule("density"), *rule.state())
-    save_arrays(folders.rule("duplicates"), {"ids": ids[order], "counts": counts[order]}, {})
-    return {
-        "rows": len(rule.contaminated.ids),
-        "candidates": len(rows["hashes"]),
-        "largest_candidate_hash": int(hashes[-1]),
-        "trusted": config.reference.path,
-        "largest_rate": None if rule.trusted else config.suspicion.coverage,
-        "coverage": TRUSTED if rule.trusted else config.suspicion.coverage_sentence,
-        "k_left_out": list(rule.left_out_ks),
-        "duplicate_images": len(ids),
-        "duplicate_samples": int(counts.sum()),
-    }
-
-
-TRUSTED = "Scored against a trusted reference: no rate is too high, as long as nothing in the reference is poisoned."
-
-
-def run_job(fit: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """Run one fit as a Ray task.
-
-    Raises:
-        UsageError: if the dump is too small for it, or the settings do not fit it.
-    """
-    *arrays, config = arguments
-    options = {"backend": config.resources.backend, "threads": config.resources.threads}
-    try:
-        task: Any = ray.remote(num_cpus=1, **TASK_OPTIONS)(fit)
-        return ray.get(task.remote(*arrays, config.suspicion, **named, **options))
-    except RayTaskError as error:
-        cause = error.cause if isinstance(error.cause, ValueError) else None
-        if cause is None:
-            raise
-        raise UsageError(str(cause)) from None
-
-
-def trusted_reference(path: str, key: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Load a trusted reference: (embeddings (r, d) float32, ids (r,) uint64) of an `embeddings/` folder.
-
-    Raises:
-        UsageError: if there is no Parquet file with `image_embedding` and `image_sha256`.
-    """
-    folder, _, file = path.rpartition("/") if path.endswith(".parquet") else (path, "", "")
-    names = [file] if file else storage.list_files(path, ".parquet")
-    if not names:
-        raise UsageError(f"--reference {path}: no Parquet file there; give an embeddings/ folder of a trusted dump.")
-    fold = FetchRows(2**64 - 1, key=key)
-    state = fold.init()
-    for name in names:
-        for table in ReadStored([Stored(folder or ".", fold.columns)])(name.removesuffix(".parquet")):
-            missing = [column for column in fold.columns if column not in table.column_names]
-            if missing:
-                raise UsageError(
-                    f"--reference {path}: {name} lacks the columns {missing}; it has {table.column_names}."
-                )
-            state = fold.add(state, table)
-    rows = fold.finish(state)
-    if not rows:
-        raise UsageError(f"--reference {path} holds no embedded sample.")
-    return rows["embeddings"], rows["ids"]
-
-
-def fit_enriched(
-    shards: Sequence[Shard], folders: ScoreFolders, config: CleanConfig, key: bytes, *, largest_candidate_hash: int
-) -> None:
-    """Collect suspects and as many others, fit the smoothing rule on them and save it."""
-    names = [shard.name for shard in shards]
-    sources = [folders.embeddings, folders.density]
-    rule = DensityRule.from_state(*load_arrays(folders.rule("density")))
-
-    def fetch(largest: int, **draw: Any) -> ScoredRows:
-        rows = run_fold(FetchRows(largest, key=key, extra=("density",), **draw), names, sources)
-        return ScoredRows(**rows)
-
-    halves = []
-    for salt, above in (("pool", True), ("rest", False)):
-        side = Side("density", rule.pool_cutoff, above)
-        hashes = run_fold(SmallestHashes(config.suspicion.pool_size, key=key, salt=salt, side=side), names, sources)
-        if not len(hashes):
-            raise UsageError(
-                "the dump is too small for neighbour smoothing; raise suspicion.pool_fraction or give more data."
-            )
-        halves.append(fetch(int(hashes[-1]), salt=salt, side=side))
-    smoothing, scale = run_job(_fit_smoothing, *halves, fetch(largest_candidate_hash), config)
-    arrays, settings = smoothing.state()
-    save_arrays(folders.rule("smoothing"), arrays, {**settings, "suspicion_scale": scale})
-
-
-def _fit_smoothing(
-    pool: ScoredRows, rest: ScoredRows, candidates: ScoredRows, config: SuspicionConfig, **search: Any
-) -> tuple[SmoothingRule, list[float]]:
-    """Fit the rule, and take median and MAD of `suspicion` over the candidate sample."""
-    rule = fit_smoothing(pool, rest, candidates, config, **search)
-    columns = rule.score(candidates.embeddings, candidates.ids, candidates.density, **search)
-    return rule, median_mad(columns["suspicion"]).tolist()
-
-
-def save_arrays(url: str, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
-    """Save plain arrays and a JSON-able mapping as one npz without pickle."""
-    sink = io.BytesIO()
-    everything: dict[str, Any] = {"__about__": np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays}
-    np.savez(sink, **everything)
-    storage.put_bytes(url, sink.getvalue())
-
-
-def load_arrays(url: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Load what `save_arrays` saved."""
-    with np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as archive:
-        arrays = {name: archive[name] for name in archive.files}
-    return arrays, json.loads(arrays.pop("__about__").tobytes())
-
-
 class DensityScorer:
     """Shards' names to tables with density columns; loads the saved rule once."""
 
     def __init__(self, folders: ScoreFolders, key: bytes, search: Search):
         self.read = ReadStored(
-            [Stored(folders.embeddings, (*CARRIED, "image_embedding"))], batch_rows=search.batch_rows, receipts=True
+            [Stored(folders.embeddings(folders.first), (*CARRIED, "image_embedding"))],
+            batch_rows=search.batch_rows,
+            receipts=True,
         )
         rule = DensityRule.from_state(*load_arrays(folders.rule("density")))
         self.score = ScoreDensity(rule, key=key, backend=search.backend, threads=search.threads)
@@ -228,21 +71,42 @@ class DensityScorer:
             yield from map(self.score, self.read(shard.name))
 
 
-class SmoothingScorer:
-    """Shards' names to tables with all score columns; loads the saved rule once."""
+class LastScorer:
+    """Shards' names to tables with all score columns; loads the saved rules once."""
 
     def __init__(self, folders: ScoreFolders, key: bytes, search: Search):
-        sources = [Stored(folders.embeddings, ("shard", "row", "image_embedding")), Stored(folders.density)]
+        sides = folders.sides
+        options = {"key": key, "backend": search.backend, "threads": search.threads}
+        both = ("shard", "row", *BOTH_TOWERS)
+        if sides.density:
+            sources = [Stored(folders.embeddings(sides.density), both), Stored(folders.density)]
+        else:
+            sources = [Stored(folders.embeddings(folders.first), (*CARRIED, *BOTH_TOWERS))]
+        prefix = ""
+        if sides.captions and sides.captions != folders.first:
+            prefix = f"{sides.captions}_"
+            sources.append(Stored(folders.embeddings(sides.captions), (*both, "clip_similarity"), prefix))
         self.read = ReadStored(sources, batch_rows=search.batch_rows, receipts=True)
-        rule = SmoothingRule.from_state(*load_arrays(folders.rule("smoothing")))
-        arrays, _ = load_arrays(folders.rule("duplicates"))
-        self.score = SmoothScores(
-            rule, duplicates=(arrays["ids"], arrays["counts"]), key=key, backend=search.backend, threads=search.threads
-        )
+
+        def saved(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+            return load_arrays(folders.rule(name))
+
+        copies, _ = saved("duplicates")
+        self.maps: list[Callable[[pa.Table], pa.Table]] = [CountCopies(copies["ids"], copies["counts"], key=key)]
+        if sides.density:
+            self.maps.append(SmoothScores(SmoothingRule.from_state(*saved("smoothing")), **options))
+        if sides.captions:
+            towers = {"embedding": f"{prefix}image_embedding", "captions": f"{prefix}text_embedding"}
+            self.maps.append(ScoreMismatch(MismatchRule.from_state(*saved("mismatch")), **towers, **options))
+            judges = {side: side in sides.judges for side in ("density", "captions")}
+            self.maps.append(Judge(Verdict.from_state(*saved("verdict")), **judges))
 
     def __call__(self, items: pa.Table) -> Iterator[pa.Table]:
         for shard in shards_of(items):
-            yield from map(self.score, self.read(shard.name))
+            for table in self.read(shard.name):
+                for append_to in self.maps:
+                    table = append_to(table)
+                yield table.drop_columns([n for n in table.column_names if n.endswith(BOTH_TOWERS)])
 
 
 @dataclass(frozen=True)
@@ -301,17 +165,20 @@ def scoring_pass(
             items, _score_in_task, {"scorer": scorer, "arguments": arguments}, num_cpus=resources.cpus_per_worker or 1
         )
 
-    metadata = {"encoder_role": folders.role, "rule": "F2"}
+    metadata = {"encoder_role": folders.first, "judged_by": " and ".join(folders.sides.judges)}
     return run_pass(
         ledger, shards, stream, folder=folder, metadata=metadata, wave_shards=resources.wave_shards, progress=progress,
         sink_cpus=SINK_CPUS if gpus else resources.cpus_per_worker or 1,
     )  # fmt: skip
 
 
-def score_fingerprint(embed_fingerprint: str, inputs: Mapping[str, Any], config: CleanConfig) -> str:
+def score_fingerprint(
+    embed_fingerprints: Mapping[str, str], inputs: Mapping[str, Any], sides: Sides, config: CleanConfig
+) -> str:
     """Digest of all that a score depends on; `inputs` are the digests of all shards."""
     settings = config.result_settings()
-    return fingerprint("score", embed_fingerprint, inputs, settings["reference"], settings["suspicion"])
+    parts = [settings[name] for name in ("reference", "suspicion", "mismatch")]
+    return fingerprint("score", embed_fingerprints, inputs, sides.to_json(), *parts)
 
 
 def score_passes(
@@ -320,22 +187,23 @@ def score_passes(
     config: CleanConfig,
     embedded: Mapping[str, Mapping[str, Any]],
     fingerprint_: str,
+    sides: Sides,
     *,
-    role: str = "detect",
     progress: Listener = silent,
     finished: Any = None,
 ) -> dict[str, Any]:
-    """Run the four passes, continuing where an earlier run stopped.
+    """Run the passes, continuing where an earlier run stopped.
 
     Args:
         embedded: the ledger records of the embed pass, by shard.
         fingerprint_: from `score_fingerprint`.
+        sides: which encoder judges what.
         finished: called with (pass name, figures) after each pass.
 
     Returns:
         What is known of the reference.
     """
-    folders = ScoreFolders(out, role)
+    folders = ScoreFolders(out, sides)
     key = dump_key(embedded, config)
     samples = sum(entry["rows"] for entry in embedded.values())
     finished = finished or (lambda name, figures: None)
@@ -354,23 +222,22 @@ def score_passes(
         finished(name, {**figures, "fingerprint": fingerprint_, "whole": True})
         return record["about"]
 
+    def each(name: str, scorer: type, folder: str) -> None:
+        """Run a pass over all shards."""
+        ledger = Ledger(out, name, fingerprint_)
+        done = scoring_pass(shards, ledger, scorer, folders, config, key, folder=folder, progress=progress)
+        finished(name, done.figures(fingerprint_))
+
     about = once("reference", lambda: fit_reference(shards, folders, config, key, samples=samples))
-    density = scoring_pass(
-        shards, Ledger(out, "density", fingerprint_), DensityScorer, folders, config, key,
-        folder="density", progress=progress,
-    )  # fmt: skip
-    finished("density", density.figures(fingerprint_))
+    if sides.density:
+        each("density", DensityScorer, "density")
     largest = about["largest_candidate_hash"]
     once("enriched", lambda: fit_enriched(shards, folders, config, key, largest_candidate_hash=largest))
-    result = scoring_pass(
-        shards, Ledger(out, "score", fingerprint_), SmoothingScorer, folders, config, key,
-        folder="scores", progress=progress,
-    )  # fmt: skip
-    finished("score", result.figures(fingerprint_))
+    each("score", LastScorer, "scores")
     return about
 
 
-def score_location(out: str, role: str, score: str) -> tuple[float, float]:
+def score_location(out: str, score: str) -> tuple[float, float]:
     """Read median and scaled MAD of `suspicion` in the candidate sample, for the policy `z`.
 
     Raises:
@@ -380,6 +247,5 @@ def score_location(out: str, role: str, score: str) -> tuple[float, float]:
         raise UsageError(
             f"the policy `z` needs the score suspicion, got {score}; use `fraction` or `score` with others."
         )
-    _, settings = load_arrays(ScoreFolders(out, role).rule("smoothing"))
-    median, mad = settings["suspicion_scale"]
-    return float(median), float(max(1.4826 * mad, 1e-9))
+    median, mad = Verdict.from_state(*load_arrays(rule_file(out, "verdict"))).scale.tolist()
+    return median, max(1.4826 * mad, 1e-9)

@@ -8,11 +8,10 @@ from datetime import UTC, datetime
 from pydantic import BaseModel, ConfigDict
 
 from tarsift.operators import storage
+from tarsift.operators.sides import DETECT
 from tarsift.pipelines.ledger import records_of
 from tarsift.pipelines.lock import DEAD_AFTER_S, Holder, last_holder
-from tarsift.pipelines.run import EMBED, reopen_run
-
-PASSES = (EMBED, "density", "score", "flag", "write")
+from tarsift.pipelines.run import Run, embed_name, reopen_run
 
 
 class PassStatus(BaseModel):
@@ -59,7 +58,7 @@ def status(out: str) -> Status:
     run = reopen_run(out)
     shards = set(run.names)
     passes = []
-    for name in PASSES:
+    for name in passes_of(run):
         records = [record for record in records_of(run.out, name) if record["shard"] in shards]
         latest, done = (Counter(r["fingerprint"] for r in records).most_common(1) or [("", 0)])[0]
         samples = sum(record.get("rows", 0) for record in records if record["fingerprint"] == latest)
@@ -76,6 +75,12 @@ def status(out: str) -> Status:
         stale=stale,
         report=report if reported else None,
     )
+
+
+def passes_of(run: Run) -> tuple[str, ...]:
+    """Names of the passes that go over all shards."""
+    density = ("density",) if DETECT in run.roles else ()
+    return (*map(embed_name, run.roles), *density, "score", "flag", "write")
 
 
 def _state(holder: Holder | None, *, complete: bool) -> str:

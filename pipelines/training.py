@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 from jaxtyping import Float32, Int64
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from tarsift.operators.models import preprocessing
 from tarsift.pipelines.pairs import Batch
 
 MAX_LOGIT_SCALE = math.log(100)  # as Radford et al. 2021 (arXiv 2103.00020), section 2.5
+LR, FURTHER_LR = 4e-3, 4e-4
 
 
 class TrainConfig(BaseModel):
@@ -26,7 +29,12 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    lr: float = Field(default=4e-3, gt=0, description="highest learning rate")
+    lr: float | None = Field(
+        default=None,
+        gt=0,
+        description=f"highest learning rate; None = {LR}, or {FURTHER_LR} where a `base` is trained further, so that "
+        "it keeps what it has learned",
+    )
     weight_decay: float = Field(default=0.1, ge=0, description="of matrices and convolutions, not of gains and biases")
     beta2: float = Field(default=0.98, gt=0, lt=1, description="AdamW's second beta")
     warmup_steps: int = Field(default=50, ge=0, description="steps in which the rate rises; a tenth of all at most")
@@ -41,6 +49,42 @@ class TrainLog:
     skipped: Counter[str] = field(default_factory=Counter)
 
 
+@dataclass
+class Training:
+    """A training between two steps; its state dict is what it takes to go on from there as if nothing had been.
+
+    `step` counts the steps done. The random state is that of dropout and the like.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    log: TrainLog = field(default_factory=TrainLog)
+    step: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain types only; it holds the tensors themselves, no copies."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "losses": torch.tensor(self.log.losses, dtype=torch.float64),
+            "skipped": dict(self.log.skipped),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back, or on, to a state."""
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.log = TrainLog(state["losses"].tolist(), Counter(state["skipped"]))
+        torch.set_rng_state(state["random"])
+        if self.device.type == "cuda" and state["random_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_cuda"], self.device)
+
+
 def train_clip(
     model: nn.Module,
     batches: Iterator[Batch],
@@ -53,18 +97,24 @@ def train_clip(
     world: int = 1,
     wrap: Callable[[nn.Module], nn.Module] = lambda towers: towers,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
+    on_pairs: Callable[[Batch, Float32[torch.Tensor, " b"]], None] | None = None,
+    after_step: Callable[[Training], None] = lambda training: None,
+    state: Mapping[str, Any] | None = None,
 ) -> TrainLog:
     """Train a CLIP in place for a number of steps.
 
     Args:
         model: an open_clip model; it is moved to `device`.
-        batches: without end; this worker's part of each joint batch.
+        batches: without end; this worker's part of each joint batch. With `state`, the first one is that of its step.
         steps: optimiser steps.
         config: the optimiser's settings.
         normalize: mean and standard deviation per channel; None = open_clip's.
         rank, world: this worker and how many there are, in an initialised process group.
         wrap: what makes a module train in step with other workers (DistributedDataParallel).
         on_step: told the steps done and the loss.
+        on_pairs: told the loss of every pair of a batch, in which the model had not learned from that batch yet.
+        after_step: told last of each step, with the training as it can be kept.
+        state: of a `Training` of the same settings, to go on from.
     """
     mean, std = normalize or (preprocessing({}).mean, preprocessing({}).std)
     shift = torch.tensor(mean, device=device) * 255
@@ -76,37 +126,43 @@ def train_clip(
     others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=config.lr,
         betas=(0.9, config.beta2),
         fused=True,
     )
-    on_gpu = torch.device(device).type == "cuda"
-    low = (on_gpu and config.precision != "fp32") or config.precision == "bf16"
-    log = TrainLog()
-    for step in range(steps):
+    training = Training(model, optimizer, torch.device(device))
+    if state is not None:
+        training.load_state_dict(state)
+    low = (training.device.type == "cuda" and config.precision != "fp32") or config.precision == "bf16"
+    for step in range(training.step, steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, config)
-        pixels, tokens, skipped = next(batches)
-        log.skipped.update(skipped)
-        images = ((pixels.to(device, non_blocking=True).float() - shift) / scale).permute(0, 3, 1, 2)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=low):
-            image_features, text_features, logit_scale = towers(images, tokens)
-            loss = loss_of(image_features, text_features, logit_scale)
+        batch = next(batches)
+        images = ((batch.pixels.to(device, non_blocking=True).float() - shift) / scale).permute(0, 3, 1, 2)
+        with torch.autocast(training.device.type, torch.bfloat16, enabled=low):
+            logits = loss_of.get_logits(*towers(images, batch.tokens))
+            right = loss_of.get_ground_truth(device, len(images))
+            loss = (cross_entropy(logits[0], right) + cross_entropy(logits[1], right)) / 2
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)  # pyright: ignore[reportCallIssue]
-        log.losses.append(loss.item())
-        on_step(step + 1, log.losses[-1])
+            if on_pairs:
+                each = [cross_entropy(towards.float(), right, reduction="none") for towards in logits]
+                on_pairs(batch, (each[0] + each[1]) / 2)
+        training.step = step + 1
+        training.log.losses.append(loss.item())
+        training.log.skipped.update(batch.skipped)
+        on_step(step + 1, training.log.losses[-1])
+        after_step(training)
     model.eval()
-    return log
+    return training.log
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
     """Return the rate of a step, counted from 0: a linear rise, then half a cosine over all steps."""
     rise = min(config.warmup_steps, math.ceil(steps / 10))
-    return config.lr * min(1.0, (step + 1) / max(1, rise)) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+    return (config.lr or LR) * min(1.0, (step + 1) / max(1, rise)) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 class Towers(nn.Module):
@@ -145,6 +201,24 @@ def encode_trimmed(
     x = model.transformer(x, attn_mask=model.attn_mask[:length, :length])
     x = model.ln_final(x)
     return x[torch.arange(len(x), device=device), ends.to(device)] @ model.text_projection
+
+
+def gathered(values: torch.Tensor, world: int) -> torch.Tensor:
+    """Return the values of all workers, in the order of their ranks."""
+    if world == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(world)]
+    torch.distributed.all_gather(parts, values)
+    return torch.cat(parts)
+
+
+@contextmanager
+def seeded(seeds: Sequence[int], device: str | torch.device = "cpu") -> Iterator[None]:
+    """Draw from a random state of its own inside the block, as dropout does; the caller's is left as it was."""
+    devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(int(np.random.SeedSequence(list(seeds)).generate_state(1)[0]))
+        yield
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """One Ray session for all tests that need one, a small dump with every ordinary flaw, an encoder file."""
 
+import hashlib
 import io
 import subprocess
 import tarfile
@@ -63,27 +64,33 @@ def dump(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory, encoder):
-    """A folder with `dump`, of 8 shards, and `whole`, what a `clean` that nothing disturbed made of it."""
+def undisturbed(tmp_path_factory):
+    """A folder with `dump`, of 8 shards, its `enc.pt`, and `whole`: what an undisturbed `clean` made of it."""
     from tests.pipelines.runs import clean
 
     folder = tmp_path_factory.mktemp("undisturbed")
     make_dump(folder / "dump", shards=8, samples=60)
-    subprocess.run(clean(folder / "dump", folder / "whole", encoder), check=True, timeout=300)
+    own = make_encoder(folder / "enc.pt", folder / "dump")
+    subprocess.run(clean(folder / "dump", folder / "whole", own), check=True, timeout=300)
     return folder
 
 
-def make_encoder(path) -> str:
-    """Write a small encoder with random weights: enough for everything but detection."""
+def make_encoder(path, dump=None, *, seed: int = 0) -> str:
+    """Write a small encoder with random weights, said to be trained on a dump: enough for all but detection."""
     from tarsift.operators.checkpoints import save_checkpoint
     from tarsift.operators.models import build_model, model_config
 
-    save_checkpoint(
-        path, build_model("tiny", seed=0), config=model_config("tiny"), shards={}, steps=0, samples=0, seed=0
-    )
+    shards = {} if dump is None else {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in dump.iterdir()}
+    model = build_model("tiny", seed=seed)
+    save_checkpoint(path, model, config=model_config("tiny"), shards=shards, steps=0, samples=0, seed=seed)
     return str(path)
 
 
 @pytest.fixture(scope="session")
-def encoder(tmp_path_factory):
-    return make_encoder(tmp_path_factory.mktemp("encoder") / "enc.pt")
+def encoder(tmp_path_factory, dump):
+    return make_encoder(tmp_path_factory.mktemp("encoder") / "enc.pt", dump)
+
+
+@pytest.fixture(scope="session")
+def witness(tmp_path_factory):
+    return make_encoder(tmp_path_factory.mktemp("witness") / "enc.pt", seed=1)

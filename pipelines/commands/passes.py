@@ -55,7 +55,7 @@ def embed(
 ) -> None:
     """Read, decode and encode shards into OUT/embeddings."""
     from tarsift.pipelines import clean as recipe
-    from tarsift.pipelines.run import open_run
+    from tarsift.pipelines.run import embed_name, open_run
 
     flags = encoder_settings(encoder) | spread_settings(workers, gpus_per_worker, threads, batch_size)
     settings = compose(config, set_, {**flags, "read.captions": captions})
@@ -63,8 +63,9 @@ def embed(
         run = open_run(shards, out, settings, progress=progress)
         with run.working():
             recipe.embed_step(run)
-    figures = run.content["passes"]["embed.detect"]
-    say(f"{figures['samples']:,} samples of {figures['shards']} shards embedded in {out}/embeddings/detect", quiet)
+    for role in run.roles:
+        figures = run.content["passes"][embed_name(role)]
+        say(f"{figures['samples']:,} samples of {figures['shards']} shards embedded in {out}/embeddings/{role}", quiet)
 
 
 def _redo(out: str, steps: list[str], changes: dict[str, Any], settings: list[str] | None, quiet: bool) -> Any:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from tarsift.clip_detect.triggers import ATTACKS
-from tarsift.operators.errors import EXIT_CODES, ConfigError
+from tarsift.operators.errors import EXIT_CODES, ConfigError, UsageError
 from tarsift.pipelines.options import (
     SPREAD,
     WORKSHOP,
@@ -18,7 +19,7 @@ from tarsift.pipelines.options import (
     Shards,
     checked,
 )
-from tarsift.pipelines.printing import answer, print_evaluation, print_findings, say
+from tarsift.pipelines.printing import answer, plain, print_evaluation, print_findings, say
 from tarsift.pipelines.progress import shown_progress
 
 commands = typer.Typer()
@@ -28,30 +29,55 @@ commands = typer.Typer()
 def pretrain(
     shards: Shards,
     out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="Encoder file to write.", show_default=False)],
-    model: Annotated[str, typer.Option(help="tiny, a JSON config of stock towers, or an open_clip name.")] = "tiny",
+    model: Annotated[
+        str | None,
+        typer.Option(help="tiny, a JSON config of stock towers, or an open_clip name.", show_default="tiny"),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--from", metavar="MODEL", help="Train this one further: enc.pt, RN50:FILE or ViT-B-32:TAG."),
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the pairs.")] = 20,
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", min=2, help="Pairs per step.")] = 128,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Highest learning rate.", show_default="0.004, with --from 0.0004")
+    ] = None,
+    losses: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Parquet file for the loss of every pair in every epoch.")
+    ] = None,
+    cache_bytes: Annotated[
+        int, typer.Option("--cache-bytes", min=0, help="Keep pixels in memory up to this size, else stream shards.")
+    ] = 2 << 30,
+    force: Annotated[bool, typer.Option("--force", help="Begin anew, whatever an interrupted training left.")] = False,
     captions: Captions = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that train in step.", rich_help_panel=SPREAD)] = 1,
     threads: Annotated[int, typer.Option(min=1, help="Threads per worker.", rich_help_panel=SPREAD)] = 1,
+    snapshot_s: Annotated[
+        float, typer.Option("--snapshot-s", min=0, help="Seconds between snapshots.", rich_help_panel=SPREAD)
+    ] = 60.0,
     quiet: Quiet = False,
 ) -> None:
-    """Train a CLIP from scratch on shards, through Ray Train; the encoder for `clean`."""
+    """Train a CLIP on shards, from scratch or --from another one; the encoder for `clean`.
+
+    Interrupted, the same command goes on from its last snapshot (OUT.part); streamed shards at about
+    the same place. Ray Train runs the workers.
+    """
     from tarsift.pipelines.pretrain import PretrainConfig
     from tarsift.pipelines.pretrain import pretrain as recipe
 
     given: dict[str, Any] = {"model": model, "epochs": epochs, "seed": seed, "batch_size": batch_size}
-    given |= {"workers": workers, "threads": threads}
+    given |= {"workers": workers, "threads": threads, "snapshot_s": snapshot_s, "cache_bytes": cache_bytes}
+    given |= {"base": base, "losses": losses}
     given |= {"train": {"lr": lr}} if lr is not None else {}
     given |= {"read": {"captions": captions}} if captions is not None else {}
     config = checked(PretrainConfig, given)
     with shown_progress(quiet) as progress:
-        summary = recipe(shards, out=out, config=config, progress=progress)
+        summary = recipe(shards, out=out, config=config, force=force, progress=progress)
+    before = f" ({summary.went_on_from:,} of them before)" if summary.went_on_from else ""
     skipped = f", {sum(summary.skipped.values()):,} unusable samples skipped" if summary.skipped else ""
     say(
-        f"{summary.pairs:,} pairs, {summary.steps:,} steps in {summary.wall_s:.0f} s, loss {summary.loss:.3f}"
+        f"{summary.pairs:,} pairs, {summary.steps:,} steps{before} in {summary.wall_s:.0f} s, loss {summary.loss:.3f}"
         f"{skipped}: {summary.checkpoint}",
         quiet,
     )
@@ -92,13 +118,26 @@ def evaluate(
     truth: Annotated[
         str, typer.Option("--truth", metavar="FILE", help="truth.parquet of `poison`.", show_default=False)
     ],
+    page: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.html", help="Where the page of plots goes.", show_default="OUT/evaluation.html"),
+    ] = None,
     json_: AsJson = False,
 ) -> None:
-    """Compare scores and verdict with a known truth."""
+    """Compare scores and verdict with a known truth: a table, and a page of plots per attack and score."""
     from tarsift.pipelines.evaluate import evaluate as recipe
+    from tarsift.pipelines.report.evaluation import write_evaluation
 
     evaluation = recipe(out, truth)
     answer(evaluation.to_json(), lambda console: print_evaluation(evaluation, console), as_json=json_)
+    try:
+        say(f"page: {write_evaluation(evaluation, page)}", quiet=json_)
+    except UsageError as error:
+        if page is not None:
+            raise
+        Console(stderr=True).print(
+            f"[bold]no page:[/bold] {plain(error)} --page FILE.html puts it elsewhere.", highlight=False, soft_wrap=True
+        )
 
 
 @commands.command(rich_help_panel=WORKSHOP)

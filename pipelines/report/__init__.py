@@ -1,35 +1,18 @@
-"""Write the report: one HTML file that says what a run found, shows it, and works offline.
-
-The page runs no script and loads nothing: its content security policy allows its own style sheet
-(by digest) and pictures inside the page, so that a hostile caption that slipped through would still
-do nothing.
-"""
+"""Write the report: one HTML file that says what a run found, shows it, and works offline."""
 
 from __future__ import annotations
-
-import base64
-import hashlib
-from functools import cache
-from pathlib import Path
-from typing import Any
-
-import jinja2
-from markupsafe import Markup
 
 from tarsift.operators import storage
 from tarsift.operators.decoding import ImageConfig
 from tarsift.pipelines.ledger import RunFile
 from tarsift.pipelines.progress import Event, Listener, silent
-from tarsift.pipelines.report.charts import short_number
 from tarsift.pipelines.report.data import FOLDS, ReportConfig, collect, shards_of_run
 from tarsift.pipelines.report.gallery import nearest_of_cards, pictures_wanted
 from tarsift.pipelines.report.page import page
 from tarsift.pipelines.report.pictures import make_thumbnails
-from tarsift.pipelines.text import count, duration, percent, size, visible
+from tarsift.pipelines.report.render import render
 
 __all__ = ["ReportConfig", "write_report"]
-
-TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(out: str, *, config: ReportConfig | None = None, progress: Listener | None = None) -> str:
@@ -59,33 +42,9 @@ def write_report(out: str, *, config: ReportConfig | None = None, progress: List
         max_scan_bytes=config.max_scan_bytes,
         threads=config.threads,
     )
-    html = render(page(out, run, evidence, nearest, thumbs, config))
+    html = render("report.html", page(out, run, evidence, nearest, thumbs, config))
     url = storage.join(out, "report.html")
-    storage.put_bytes(url, html.encode("utf-8", "backslashreplace"))
+    storage.put_bytes(url, html)
     tables = max(1, FOLDS * len(run.get("inputs") or ()))
     progress(Event("report", tables, tables, evidence.overview["rows"], unit="tables", finished=True))
     return url
-
-
-def render(content: dict[str, Any]) -> str:
-    """Fill the template; everything in `content` that is not made by us as markup is escaped."""
-    css = (TEMPLATES / "report.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
-    template = _environment().get_template("report.html")
-    return template.render(**content, css=Markup(css), css_hash=f"sha256-{digest}")
-
-
-@cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.ChainableUndefined
-    )
-    environment.filters |= {
-        "count": count,
-        "duration": duration,
-        "percent": percent,
-        "short": short_number,
-        "size": size,
-        "visible": visible,
-    }
-    return environment

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from markupsafe import Markup
 
+from tarsift.operators.sides import DETECT
 from tarsift.pipelines.report.charts import short_number
 from tarsift.pipelines.report.data import Evidence
 from tarsift.pipelines.report.groups import KINDS, Group, Kind
@@ -200,16 +201,27 @@ def _breakage(
 
 
 def _sight(run: dict[str, Any]) -> Answer:
-    regime = ((run.get("encoders") or {}).get("detect") or {}).get("regime") or {}
+    encoders = run.get("encoders") or {}
+    sides = run.get("sides") or {}
+    regime = (encoders.get(DETECT) or {}).get("regime") or {}
     words: dict[str, tuple[Literal["look", "ok"], str]] = {
         "trained_on_this_dump": ("ok", "What its encoder has learned"),
         "partly": ("look", "What its encoder has learned of a part"),
         "not_trained_on_this_dump": ("look", "Hardly anything"),
     }
     status, word = words.get(regime.get("code", ""), ("look", "That is not known"))
-    said = (
-        regime.get("sentence") or "It is not on record what the encoder was trained on.",
-        f"It cannot see {regime['blind_to']}" if regime.get("blind_to") else None,
-        (run.get("reference") or {}).get("coverage"),
-    )
-    return Answer("What can this run see?", status, word, [visible(line, 600) for line in said if line], "#run")
+    judges = tuple(sides.get("judges") or ())
+    if judges == ("captions",):
+        status, word = "look", "Captions that do not fit"
+    elif judges == ("density", "captions"):
+        word = f"{word}, and captions that do not fit"
+    said = [(info.get("regime") or {}).get("sentence") for info in encoders.values()]
+    said = [line for line in said if line] or ["It is not on record what the encoder was trained on."]
+    if sides.get("looked_for"):
+        said.append(f"It looked for {'; and for '.join(sides['looked_for'])}.")
+        said.append(f"It did not look for {'; nor for '.join(sides['not_looked_for'])}.")
+    elif regime.get("blind_to"):
+        said.append(f"It cannot see {regime['blind_to']}")
+    if coverage := (run.get("reference") or {}).get("coverage"):
+        said.append(coverage)
+    return Answer("What can this run see?", status, word, [visible(line, 600) for line in said], "#run")

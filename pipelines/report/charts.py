@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
 from markupsafe import Markup, escape
+
+# Points by which a straight line is drawn over the whole of a logarithmic axis.
+BENDS = 80
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,109 @@ def _bars(
         for i, count in enumerate(counts)
         if count
     )
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A range of shares, 0 to 1, with the marks on it; they are labelled in per cent. Logarithmic ones start over 0."""
+
+    title: str
+    marks: tuple[float, ...]
+    logarithmic: bool = False
+
+    def place(self, shares: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        """Return where on the axis shares are, 0 at its first mark and 1 at its last; none lies outside."""
+        low, high = self.marks[0], self.marks[-1]
+        if self.logarithmic:
+            at = np.log(np.maximum(shares, low) / low) / math.log(high / low)
+        else:
+            at = (shares - low) / (high - low)
+        return np.clip(at, 0, 1)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve of a chart. `style` is its class in the page; as `steps` it holds y from the x before up to its own."""
+
+    name: str
+    style: str
+    x: Float[np.ndarray, " n"]
+    y: Float[np.ndarray, " n"]
+    steps: bool = False
+
+
+def lines_svg(
+    lines: Sequence[Line],
+    *,
+    x: Axis,
+    y: Axis,
+    summary: str,
+    marker: tuple[float, float, str] | None = None,
+    width: int = 344,
+    height: int = 262,
+) -> Markup:
+    """Draw curves over each other, the first one on top.
+
+    Args:
+        lines: with a rising x.
+        x: the axis below, titled there.
+        y: the axis at the left, titled above.
+        summary: what is drawn, for those who cannot see it.
+        marker: a point and what it is.
+    """
+    left, right, top, bottom = 34, 14, 26, 40
+    inner_w, inner_h = width - left - right, height - top - bottom
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(summary)}">',
+        f"<title>{escape(summary)}</title>",
+    ]
+    for mark, at in zip(y.marks, top + inner_h * (1 - y.place(np.array(y.marks))), strict=True):
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(_label(left - 6, at + 3.5, f"{100 * mark:g}", anchor="end"))
+    for mark, at in zip(x.marks, left + inner_w * x.place(np.array(x.marks)), strict=True):
+        parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{top + inner_h}"/>')
+        parts.append(_label(at, top + inner_h + 15, f"{100 * mark:g}"))
+    parts.append(f'<line class="base" x1="{left}" x2="{width - right}" y1="{top + inner_h}" y2="{top + inner_h}"/>')
+    parts.append(_label(0, 11, y.title, anchor="start"))
+    parts.append(_label(left + inner_w / 2, height - 5, x.title))
+    for line in reversed(lines):
+        across, up = _traced(line, x)
+        path = _path(left + inner_w * x.place(across), top + inner_h * (1 - y.place(up)))
+        parts.append(f'<path class="line {line.style}" d="{path}"><title>{escape(line.name)}</title></path>')
+    if marker:
+        at = left + inner_w * float(x.place(np.array(marker[0])))
+        over = top + inner_h * (1 - float(y.place(np.array(marker[1]))))
+        diamond = f"M{at:.1f} {over - 5.5:.1f}l5.5 5.5l-5.5 5.5l-5.5 -5.5z"
+        parts.append(f'<path class="marker" d="{diamond}"><title>{escape(marker[2])}</title></path>')
+    parts.append("</svg>")
+    return Markup("".join(parts))
+
+
+def _traced(line: Line, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
+    """Return the points of a line on an axis: both corners of a step, and more where a logarithm bends a long piece.
+
+    A line without steps that goes on beyond the axis is cut at its ends.
+    """
+    if line.steps:
+        return np.append(0.0, np.repeat(line.x, 2)[:-1]), np.repeat(line.y, 2)
+    low, high = axis.marks[0], axis.marks[-1]
+    more = np.geomspace(low, high, BENDS) if axis.logarithmic else np.array([low, high])
+    after = np.minimum(np.searchsorted(line.x, more), len(line.x) - 1)
+    long = np.diff(axis.place(line.x), prepend=0)[after] > 1 / BENDS
+    end = (more == low) | (more == high)
+    more = more[(long | end) & (line.x[0] < more) & (more < line.x[after])]
+    across = np.append(line.x, more)
+    order = np.argsort(across, kind="stable")
+    across, up = across[order], np.append(line.y, np.interp(more, line.x, line.y))[order]
+    seen = (across >= low) & (across <= high)
+    return across[seen], up[seen]
+
+
+def _path(x: np.ndarray, y: np.ndarray) -> str:
+    """Write points to a tenth of a pixel, leaving out those that fall on the one before."""
+    points = np.round(np.stack([x, y], axis=1), 1)
+    points = points[np.append(True, np.any(np.diff(points, axis=0), axis=1))]
+    return "M" + " ".join(f"{across:g} {up:g}" for across, up in points.tolist())
 
 
 def share_svg(share: float, *, width: int = 72, height: int = 8) -> Markup:

@@ -15,14 +15,22 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tarsift.operators.errors import UsageError
 from tarsift.operators.listing import Shard
+from tarsift.operators.sides import DETECT, ROLES
 from tarsift.pipelines.report.charts import Histogram
 from tarsift.pipelines.report.folds import Overview, Tally, quantile
 from tarsift.pipelines.report.groups import KINDS, Group, Kind, find_candidates, rank_groups, reach_levels
-from tarsift.pipelines.report.rows import EMBEDDINGS, Available, Rows, RunReader, what_there_is
+from tarsift.pipelines.report.rows import Available, Rows, RunReader, what_there_is
 
 FOLDS = 2
 FRACTIONS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1)
-PARTS_OF_VERDICT = ("suspicion", "multiscale_slof", "multiscale_k_distance", "purified_slof")
+PARTS_OF_VERDICT = (
+    "suspicion",
+    "suspicion_density",
+    "caption_mismatch",
+    "multiscale_slof",
+    "multiscale_k_distance",
+    "purified_slof",
+)
 PUBLISHED = ("k_distance", "slof", "dao_log")
 
 
@@ -80,6 +88,11 @@ def shards_of_run(run: dict[str, Any]) -> dict[str, Shard]:
     return {item["name"]: Shard(item["name"], item["url"], int(item.get("size") or 0)) for item in inputs}
 
 
+def first_role(run: dict[str, Any]) -> str:
+    """Return the role whose embeddings are shown: `detect`, unless there is only a witness."""
+    return next((role for role in ROLES if role in (run.get("encoders") or {})), DETECT)
+
+
 def collect(
     out: str, run: dict[str, Any], *, config: ReportConfig, tick: Callable[[int, int], None] = lambda done, total: None
 ) -> Evidence:
@@ -89,7 +102,7 @@ def collect(
         UsageError: if there are no flags or scores at all, or not the score that the flags were set by.
     """
     names = sorted(shards_of_run(run))
-    available = what_there_is(out, names)
+    available = what_there_is(out, names, first_role(run))
     threshold = run.get("threshold") or {}
     score = threshold.get("score") or "suspicion"
     if score not in available.columns["scores"] and len(available.columns["scores"]) > 2:
@@ -182,7 +195,7 @@ def _cutoffs(overview: dict[str, Any], score: str, threshold: dict[str, Any]) ->
 
 def _notes(available: Available, config: ReportConfig) -> list[str]:
     notes = []
-    columns = available.columns[EMBEDDINGS]
+    columns = available.columns[available.embeddings]
     if not columns:
         notes.append("There are no stored embeddings: captions, pictures, groups and neighbours are not shown.")
     elif "image_embedding" not in columns and len(columns) > 2:

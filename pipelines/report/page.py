@@ -12,7 +12,7 @@ from tarsift.operators.errors import REASONS, SHARD_PROBLEMS
 from tarsift.operators.storage import without_secrets
 from tarsift.pipelines.report.answers import HONESTY, TELLING_SHARE, answers, group_name
 from tarsift.pipelines.report.charts import columns_svg, histogram_svg
-from tarsift.pipelines.report.data import Evidence, ReportConfig, shards_of_run
+from tarsift.pipelines.report.data import Evidence, ReportConfig, first_role, shards_of_run
 from tarsift.pipelines.report.gallery import Nearest, card_views, group_views
 from tarsift.pipelines.report.pictures import Thumbnails
 from tarsift.pipelines.text import command
@@ -177,6 +177,7 @@ def _duplicates(evidence: Evidence) -> dict[str, Any]:
 def _encoders(run: dict[str, Any], evidence: Evidence) -> dict[str, dict[str, Any]]:
     told = {role: dict(info) for role, info in (run.get("encoders") or {}).items()}
     stored = evidence.encoder.get("weights_sha256")
-    if "detect" in told and stored and told["detect"].get("weights_sha256") not in (None, stored):
-        told["detect"]["stored"] = stored  # the embeddings are not of the encoder on record
+    role = first_role(run)
+    if role in told and stored and told[role].get("weights_sha256") not in (None, stored):
+        told[role]["stored"] = stored  # the embeddings are not of the encoder on record
     return told

@@ -19,8 +19,6 @@ from tarsift.operators.schema import matrix
 from tarsift.operators.stored import ReadStored, Stored
 from tarsift.pipelines.report.folds import Overview, Tally, numbers, pc, strings
 
-EMBEDDINGS = "embeddings/detect"
-FOLDERS = ("scores", "flags", EMBEDDINGS)
 BATCH_ROWS = 8192
 WAVE = 4  # shards per thread whose results may wait to be merged
 
@@ -69,21 +67,23 @@ def rows_of(table: pa.Table, score: str) -> Rows:
 
 @dataclass(frozen=True)
 class Available:
-    """The columns of each pass's tables, and the metadata of the embeddings."""
+    """The columns of each pass's tables, by folder, and the metadata of the embeddings that are shown."""
 
     columns: dict[str, list[str]]
     encoder: dict[str, str]
+    embeddings: str
 
 
-def what_there_is(out: str, shards: Sequence[str]) -> Available:
-    """Look at the first table of each pass that has samples.
+def what_there_is(out: str, shards: Sequence[str], role: str) -> Available:
+    """Look at the first table of each pass that has samples; of embeddings at those of one role.
 
     Raises:
         UsageError: if there is no table of scores or flags at all.
     """
-    columns: dict[str, list[str]] = {folder: [] for folder in FOLDERS}
+    embeddings = f"embeddings/{role}"
+    columns: dict[str, list[str]] = {folder: [] for folder in ("scores", "flags", embeddings)}
     encoder: dict[str, str] = {}
-    for folder in FOLDERS:
+    for folder in columns:
         for shard in shards:
             try:
                 with storage.open_read(storage.join(out, folder, f"{shard}.parquet")) as file:
@@ -91,7 +91,7 @@ def what_there_is(out: str, shards: Sequence[str]) -> Available:
             except (OSError, pa.ArrowException):
                 continue
             columns[folder] = schema.names
-            if folder == EMBEDDINGS:
+            if folder == embeddings:
                 metadata = schema.metadata or {}
                 encoder = {
                     k.decode().removeprefix("tarsift."): v.decode("utf-8", "replace") for k, v in metadata.items()
@@ -103,7 +103,7 @@ def what_there_is(out: str, shards: Sequence[str]) -> Available:
             raise UsageError(
                 f"{out} holds no {folder}/ of its {len(shards)} shards: run `tarsift {remedy} {out}` first."
             )
-    return Available(columns, encoder)
+    return Available(columns, encoder, embeddings)
 
 
 class RunReader:
@@ -140,7 +140,7 @@ class RunReader:
         by_shard: dict[str, list[int]] = {}
         for shard, row in wanted:
             by_shard.setdefault(shard, []).append(row)
-        columns = list(dict.fromkeys(name for folder in FOLDERS for name in self.available.columns[folder]))
+        columns = list(dict.fromkeys(name for names in self.available.columns.values() for name in names))
 
         def one(shard: str) -> list[pa.Table]:
             chosen = pa.array(by_shard[shard], pa.int32())
@@ -156,8 +156,8 @@ class RunReader:
 
     def _tables(self, shard: str, columns: Sequence[str]) -> Iterator[pa.Table]:
         sources, taken = [], set()
-        for folder in FOLDERS:
-            mine = [name for name in columns if name in self.available.columns[folder] and name not in taken]
+        for folder, there in self.available.columns.items():
+            mine = [name for name in columns if name in there and name not in taken]
             taken.update(mine)
             if mine:
                 sources.append(Stored(storage.join(self.out, folder), tuple(mine)))

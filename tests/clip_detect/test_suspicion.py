@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from tarsift.clip_detect.agreement import CaptionExcess
 from tarsift.clip_detect.metrics import auroc, average_precision
+from tarsift.clip_detect.neighbors import unit_norm
 from tarsift.clip_detect.sampling import keyed_hash, smallest
 from tarsift.clip_detect.scores import SCORES
 from tarsift.clip_detect.suspicion import (
@@ -48,7 +50,7 @@ def test_columns():
     x, _ = planted(0.01)
     columns = suspicion(x, config=SMALL)
     published = [f"{name}_k{k}" for k in (16, 64) for name in SCORES]
-    own = ["multiscale_slof", "multiscale_k_distance", "purified_slof", "density", "suspicion"]
+    own = ["multiscale_slof", "multiscale_k_distance", "purified_slof", "density", "suspicion_image", "suspicion"]
     assert list(columns) == published + own
     for column in columns.values():
         assert column.dtype == np.float32
@@ -105,9 +107,12 @@ def test_rules_survive_files_bit_for_bit(tmp_path):
     ids = content_ids(x)
     density_rule = fit_density(x, ids, ids, SMALL)
     before = density_rule.score(x, ids)
-    rows = ScoredRows(x, ids, ids, before["density"])
-    pool = ScoredRows(*(part[:40] for part in rows))
-    smoothing = fit_smoothing(pool, ScoredRows(*(part[40:] for part in rows)), rows, SMALL)
+    said = np.random.default_rng(3).normal(size=(400, 8)).astype(np.float32)
+
+    def rows(part):
+        return ScoredRows(x[part], ids[part], ids[part], before["density"][part], said[part])
+
+    smoothing = fit_smoothing(rows(slice(0, 40)), rows(slice(40, 400)), rows(slice(0, 400)), SMALL)
     for name, rule in (("density", density_rule), ("smoothing", smoothing)):
         arrays, settings = rule.state()
         np.savez(tmp_path / f"{name}.npz", **arrays)
@@ -121,9 +126,13 @@ def test_rules_survive_files_bit_for_bit(tmp_path):
     assert again.config == SMALL
     after = again.score(x, ids)
     assert all(after[name].tobytes() == before[name].tobytes() for name in before)
-    smoothed = load(SmoothingRule, "smoothing").score(x, ids, before["density"])["suspicion"]
-    assert smoothed.tobytes() == smoothing.score(x, ids, before["density"])["suspicion"].tobytes()
-    with pytest.raises(ValueError, match="not a rule of kind 'smoothing-1': got 'density-1'"):
+    smoothed = load(SmoothingRule, "smoothing").score(x, ids, before["density"], said)
+    wanted = smoothing.score(x, ids, before["density"], said)
+    assert list(smoothed) == ["suspicion_image", "caption_excess", "suspicion"]
+    assert all(smoothed[name].tobytes() == wanted[name].tobytes() for name in wanted)
+    with pytest.raises(ValueError, match="captions are needed where the rule was fitted with them"):
+        smoothing.score(x, ids, before["density"])
+    with pytest.raises(ValueError, match="not a rule of kind 'smoothing-2': got 'density-1'"):
         SmoothingRule.from_state(*density_rule.state())
 
 
@@ -203,3 +212,43 @@ def test_coverage_is_said():
     assert SuspicionConfig(purge_fraction=0.04).coverage == pytest.approx(0.02)
     assert SuspicionConfig(contaminated_divisors=(32, 16)).coverage == pytest.approx(0.025)
     assert "up to 5.0% are covered" in SuspicionConfig().coverage_sentence
+
+
+def captioned(poison, *, d=12, seed=5):
+    """Caption embeddings: those of the poison agree, all others say what they like; and one row has none."""
+    rng = np.random.default_rng(seed)
+    said = rng.normal(size=(len(poison), d)).astype(np.float32)
+    said[poison] = rng.normal(size=d) + rng.normal(size=(poison.sum(), d)) * 0.2
+    said[np.flatnonzero(~poison)[0]] = 0
+    return said
+
+
+def test_captions_that_agree_confirm_a_suspicion():
+    x, poison = planted(0.02)
+    said = captioned(poison)
+    columns = suspicion(x, captions=said, config=SMALL)
+    image, excess = columns["suspicion_image"].astype(float), columns["caption_excess"].astype(float)
+    assert excess[poison].min() > 0.5
+    assert abs(np.median(excess[~poison])) < 0.1
+    assert excess[np.flatnonzero(~poison)[0]] == 0
+    wanted = np.where(image > 0, image * (1 + np.maximum(excess, 0)), image)
+    np.testing.assert_allclose(columns["suspicion"], wanted, rtol=1e-5, atol=1e-6)
+    assert suspicion(x, config=SMALL)["suspicion"].tobytes() == columns["suspicion_image"].tobytes()
+
+
+def test_excess_is_the_mean_cosine_with_suspect_neighbours_less_that_with_clean_ones():
+    rng = np.random.default_rng(0)
+    images, clean = rng.normal(size=(7, 5)), rng.normal(size=(30, 5)).astype(np.float32)
+    captions, suspects, of_clean = (unit_norm(rng.normal(size=(n, 6))) for n in (7, 20, 30))
+    suspects[4] = 0  # has no caption
+    near = np.stack([rng.permutation(20)[:3] for _ in range(7)])
+    near[0] = (4, 1, 2)
+    ids = np.arange(30, dtype=np.uint64)
+    ids[9] = 1000  # the second image itself, which is none of its neighbours
+    rule = CaptionExcess(suspects, clean, ids, of_clean, clean_neighbors=2)
+    found = rule.score(images.astype(np.float32), np.arange(999, 1006, dtype=np.uint64), captions, near)
+    for i in range(7):
+        rows = [j for j in near[i] if j != 4]
+        suspect = np.mean([captions[i] @ suspects[j] for j in rows])
+        order = [j for j in np.argsort(np.linalg.norm(clean - images[i], axis=1)) if (i, j) != (1, 9)]
+        assert found[i] == pytest.approx(suspect - np.mean([captions[i] @ of_clean[j] for j in order[:2]]), abs=1e-6)

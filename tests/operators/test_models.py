@@ -11,6 +11,7 @@ from tarsift.operators.checkpoints import CHECKPOINT_FORMAT
 from tarsift.operators.errors import TarsiftError, UsageError
 from tarsift.operators.models import (
     MODEL_CONFIGS,
+    Base,
     build_model,
     load_checkpoint,
     load_encoder,
@@ -78,6 +79,29 @@ def test_checkpoint_round_trip(tiny, encoder_file):
     assert checkpoint.extra == {"loss": 1.5}
     assert checkpoint.config == model_config("tiny")
     assert all(torch.equal(v, tiny.state_dict()[k]) for k, v in checkpoint.state_dict.items())
+
+
+def test_checkpoint_of_a_base_trained_further(tiny, tmp_path):
+    known = {"00000": "bb" * 32, "00001": "cc" * 32, "base.pt:00000": "dd" * 32}
+    for base, steps, unknown in (
+        (Base("base.pt", "0" * 64, known, 30), 37, None),
+        (Base("x", "", {}, None, "x"), None, "x"),
+    ):
+        save_checkpoint(
+            tmp_path / "e.pt", tiny, config=model_config("tiny"), shards={"00000": "aa" * 32, "00001": "cc" * 32},
+            steps=7, samples=70, seed=3, base=base,
+        )  # fmt: skip
+        checkpoint = load_checkpoint(tmp_path / "e.pt")
+        assert checkpoint.base == base
+        assert checkpoint.shards == {"00000": "aa" * 32, "00001": "cc" * 32}
+        assert checkpoint.total_steps == steps
+        encoder = load_encoder(str(tmp_path / "e.pt"))
+        assert (encoder.steps, encoder.unknown_base) == (steps, unknown)
+        # every digest is there, whatever names belong to several shards
+        assert set((encoder.trained_on or {}).values()) == {"aa" * 32, "cc" * 32, *base.shards.values()}
+    save_checkpoint(tmp_path / "e.pt", tiny, config=model_config("tiny"), shards={}, steps=7, samples=70, seed=3)
+    assert load_checkpoint(tmp_path / "e.pt").base is None
+    assert load_encoder(str(tmp_path / "e.pt")).steps == 7
 
 
 def test_encoder_from_checkpoint(tiny, encoder_file):

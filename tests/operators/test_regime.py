@@ -1,12 +1,14 @@
 """The encoder check: by the digests of shards, whatever their names."""
 
+import re
+
 import pytest
 
 from tarsift.operators.encoder import EncoderInfo
 from tarsift.operators.regime import encoder_regime
 
 
-def info(trained_on: dict[str, str] | None, steps: int | None = 70) -> EncoderInfo:
+def info(trained_on: dict[str, str] | None, steps: int | None = 70, unknown_base: str | None = None) -> EncoderInfo:
     return EncoderInfo(
         name="enc.pt",
         weights_sha256="00",
@@ -19,6 +21,7 @@ def info(trained_on: dict[str, str] | None, steps: int | None = 70) -> EncoderIn
         context_length=32,
         trained_on=trained_on,
         steps=steps,
+        unknown_base=unknown_base,
     )
 
 
@@ -58,3 +61,17 @@ def test_sentences_count():
     assert "4 of them have the name" in same_names
     assert "name" not in encoder_regime(info({"x": "11"}), DUMP).sentence
     assert "pretrain" in encoder_regime(info({"x": "11"}), DUMP).blind_to
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "code", "said"),
+    [
+        (DUMP, "trained_on_this_dump", "on all 4 shards"),
+        ({"0": "aa", "1": "bb"}, "unknown", "from RN50:b.pt, whose file .* and saw 2 of this dump's 4 shards"),
+        ({"x": "11"}, "unknown", "saw none of this dump's 4 shards"),
+    ],
+)
+def test_a_base_that_does_not_say_what_it_has_seen(trained_on, code, said):
+    regime = encoder_regime(info(trained_on, None, "RN50:b.pt"), DUMP)
+    assert regime.code == code
+    assert re.search(said, regime.sentence)

@@ -33,6 +33,13 @@ def test_zips_passes_by_row_whatever_their_row_groups(folder, batch_rows):
     assert table["row"].to_pylist() == list(range(10))
 
 
+def test_a_prefix_tells_columns_of_one_name_apart(folder):
+    sources = [Stored(f"{folder}/a", ("shard", "row", "u")), Stored(f"{folder}/a", ("shard", "row", "u"), "b_")]
+    table = pa.concat_tables(ReadStored(sources)("part/x"))
+    assert table.column_names == ["shard", "row", "u", "b_u"]
+    assert table["u"].equals(table["b_u"])
+
+
 def test_the_last_row_says_how_many_there_are(folder):
     *tables, end = ReadStored([Stored(f"{folder}/a", ("shard", "row", "u"))], receipts=True)("part/x")
     assert sum(map(len, tables)) == 10

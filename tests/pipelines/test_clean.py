@@ -13,8 +13,9 @@ import pytest
 
 from tarsift.clip_detect.suspicion import suspicion
 from tarsift.operators.errors import ChangedError, ErrorRateError, ShardError, UsageError
-from tarsift.operators.folds import identities
+from tarsift.operators.folds import identities, row_hashes
 from tarsift.operators.schema import matrix
+from tarsift.operators.sides import choose_sides
 from tarsift.pipelines import clean as recipe
 from tarsift.pipelines.clean import clean
 from tarsift.pipelines.config import load_config
@@ -77,7 +78,8 @@ def test_every_sample_has_a_score_or_a_reason(result):
             assert np.isfinite(values).all(), name
     copies = scores.filter(pc.equal(scores["duplicate_count"], 2))
     assert copies["row"].to_pylist() == [6, 7]
-    assert copies["suspicion"][0] == copies["suspicion"][1]
+    assert copies["suspicion_image"][0] == copies["suspicion_image"][1]
+    assert copies["caption_excess"][0] != copies["caption_excess"][1]
 
 
 def test_keep_list_agrees_with_the_clean_shards(result):
@@ -91,11 +93,14 @@ def test_passes_over_stored_rows_equal_the_array_function_bit_for_bit(result, du
     run = reopen_run(result.out)
     key = dump_key(run.embedded, run.config)
     rows = table(result, "embeddings/detect")
+    rows = rows.take(np.argsort(row_hashes(rows, key)))  # of copies the caption of the first one counts
     embeddings, valid = matrix(rows["image_embedding"])
-    ids = identities(rows, key)[valid]
-    columns = suspicion(embeddings[valid].astype(np.float32), ids, config=run.config.suspicion, key=key)
-    scores = table(result, "scores").filter(pa.array(valid))
-    for name in ("density", "suspicion", "slof_k16", "dao_k8"):
+    captions, _ = matrix(rows["text_embedding"])
+    arrays = (embeddings[valid].astype(np.float32), identities(rows, key)[valid], captions[valid].astype(np.float32))
+    columns = suspicion(*arrays, config=run.config.suspicion, key=key)
+    scores = table(result, "scores")
+    scores = scores.take(np.argsort(row_hashes(scores, key))).filter(pa.array(valid))
+    for name in ("density", "suspicion_image", "caption_excess", "suspicion", "slof_k16", "dao_k8"):
         assert np.array_equal(scores[name].to_numpy(), columns[name]), name
 
 
@@ -169,8 +174,8 @@ def test_a_changed_input_or_setting_is_refused(result, dump, encoder, tmp_path):
         clean(str(dump / "0000[0-3].tar"), result.out, config=settings(encoder))
     with pytest.raises(UsageError, match="no encoder"):
         clean(str(dump), str(tmp_path), config=load_config())
-    with pytest.raises(UsageError, match="witness"):
-        clean(str(dump), str(tmp_path), config=settings(encoder, f"encoders.witness.spec={encoder}"))
+    with pytest.raises(UsageError, match="no encoder role 'judge'; the roles are detect and witness"):
+        clean(str(dump), str(tmp_path), config=settings(encoder, f"encoders.judge.spec={encoder}"))
     assert not list(tmp_path.iterdir())
 
 
@@ -212,7 +217,7 @@ def test_too_many_errors_fail_after_all_is_written(result, dump, encoder):
 
 def test_run_json_tells_the_regime_coverage_and_figures(result):
     run = json.loads((out_of(result) / "run.json").read_text())
-    assert run["encoders"]["detect"]["regime"]["code"] == "not_trained_on_this_dump"
+    assert run["encoders"]["detect"]["regime"]["code"] == "trained_on_this_dump"
     assert run["reference"]["largest_rate"] == 0.05
     assert set(run["passes"]) >= {
         "embed.detect",
@@ -315,9 +320,9 @@ def test_what_workers_run_gives_what_is_stored(result, encoder, tmp_path):
     rows = embedded.filter(pc.greater_equal(embedded["row"], 0)).select(stored["embeddings/detect"].column_names)
     assert rows.to_pylist() == stored["embeddings/detect"].to_pylist()
 
-    folders = score.ScoreFolders(result.out)
+    folders = score.ScoreFolders(result.out, choose_sides({"detect": "trained_on_this_dump"}))
     arguments = (folders, dump_key(run.embedded, run.config), score.Search("auto", 1, 64, "here"))
-    for scorer, folder in ((score.DensityScorer, "density"), (score.SmoothingScorer, "scores")):
+    for scorer, folder in ((score.DensityScorer, "density"), (score.LastScorer, "scores")):
         table = pa.concat_tables(score._score_in_task(items, scorer=scorer, arguments=arguments))
         rows = table.filter(pc.greater_equal(table["row"], 0)).select(stored[folder].column_names)
         assert rows.to_pylist() == stored[folder].to_pylist()

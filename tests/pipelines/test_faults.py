@@ -22,9 +22,11 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "number"), [("embed.detect", signal.SIGTERM), ("score", signal.SIGINT), ("write", signal.SIGTERM)]
 )
-def test_asked_to_stop(undisturbed, encoder, name, number):
+def test_asked_to_stop(undisturbed, name, number):
     out = undisturbed / f"stop-{name}-{number.name}"
-    child = subprocess.Popen(clean(undisturbed / "dump", out, encoder), start_new_session=True, stderr=subprocess.PIPE)
+    child = subprocess.Popen(
+        clean(undisturbed / "dump", out, undisturbed / "enc.pt"), start_new_session=True, stderr=subprocess.PIPE
+    )
     wait_for(child, out, name)
     child.send_signal(number)
     _, told = child.communicate(timeout=60)
@@ -32,18 +34,18 @@ def test_asked_to_stop(undisturbed, encoder, name, number):
     assert b"run the same command again" in told
     assert b"Traceback" not in told
     before = records(out, name)
-    again = subprocess.run(clean(undisturbed / "dump", out, encoder), timeout=300)
+    again = subprocess.run(clean(undisturbed / "dump", out, undisturbed / "enc.pt"), timeout=300)
     assert again.returncode == 0
     after = records(out, name)
     assert before == {shard: after[shard] for shard in before}
     assert contents(out) == contents(undisturbed / "whole")
 
 
-def test_a_second_run_is_refused_while_the_first_one_works(undisturbed, encoder):
+def test_a_second_run_is_refused_while_the_first_one_works(undisturbed):
     out = undisturbed / "twice"
-    first = subprocess.Popen(clean(undisturbed / "dump", out, encoder), start_new_session=True)
+    first = subprocess.Popen(clean(undisturbed / "dump", out, undisturbed / "enc.pt"), start_new_session=True)
     wait_for(first, out, "embed.detect")
-    second = subprocess.run(clean(undisturbed / "dump", out, encoder), capture_output=True, timeout=120)
+    second = subprocess.run(clean(undisturbed / "dump", out, undisturbed / "enc.pt"), capture_output=True, timeout=120)
     assert second.returncode == 75
     assert b"is being worked on by process" in second.stderr
     assert first.wait(timeout=300) == 0

@@ -3,19 +3,33 @@
 import hashlib
 import io
 import json
+import sys
 import tarfile
 from collections import Counter
+from contextlib import nullcontext
 from itertools import islice
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
 
 from tarsift.operators.decoding import ImageConfig
+from tarsift.operators.encoder import encoder_info
 from tarsift.operators.errors import UsageError
-from tarsift.operators.models import build_model, build_tokenizer, load_checkpoint, load_encoder, model_config
+from tarsift.operators.models import (
+    Base,
+    build_model,
+    build_tokenizer,
+    load_checkpoint,
+    load_encoder,
+    model_config,
+    weights_sha256,
+)
+from tarsift.operators.regime import encoder_regime
 from tarsift.operators.shards import list_shards
+from tarsift.pipelines import cli
 from tarsift.pipelines.pairs import PairReader, PairStream, cached_batches, load_pairs, streamed_batches
 from tarsift.pipelines.pretrain import PretrainConfig, pretrain_here
 from tarsift.pipelines.training import TrainConfig, encode_trimmed, learning_rate, train_clip
@@ -63,14 +77,14 @@ def folder(tmp_path_factory):
 def test_reader_gives_pairs_in_order(folder):
     skipped = Counter()
     pairs = list(READER(list_shards(str(folder)), skipped))
-    assert [caption for _, caption in pairs] == [f"a {list(COLOURS)[i % 4]} square number {i}" for i in range(60)]
-    np.testing.assert_array_equal(pairs[5][0], picture("green", 5))
+    assert [pair.caption for pair in pairs] == [f"a {list(COLOURS)[i % 4]} square number {i}" for i in range(60)]
+    np.testing.assert_array_equal(pairs[5].pixels, picture("green", 5))
     assert not skipped
 
 
 def test_reader_takes_captions_from_json(folder):
     reader = PairReader(32, "bicubic", "shortest", "json:caption", ImageConfig())
-    assert next(iter(reader(list_shards(str(folder)), Counter())))[1] == "json a red square number 0"
+    assert next(iter(reader(list_shards(str(folder)), Counter()))).caption == "json a red square number 0"
 
 
 def test_reader_skips_and_counts_what_is_bad(tmp_path):
@@ -88,7 +102,7 @@ def test_reader_skips_and_counts_what_is_bad(tmp_path):
         ],
     )  # fmt: skip
     skipped = Counter()
-    found = [caption for _, caption in READER(list_shards(str(tmp_path)), skipped)]
+    found = [pair.caption for pair in READER(list_shards(str(tmp_path)), skipped)]
     assert found == ["kept", "dotted key"]
     assert skipped == {"undecodable_image": 1, "missing_caption": 2, "missing_image": 1}
 
@@ -102,6 +116,13 @@ def test_cached_batches_are_permutations_shared_among_ranks(folder):
         joint = torch.cat([ranks[0][i].pixels, ranks[1][i].pixels])
         assert torch.equal(alone[i].pixels, joint)
         assert torch.equal(alone[i].tokens, torch.cat([ranks[0][i].tokens, ranks[1][i].tokens]))
+    for start in (1, 3, 4):
+        later = next(cached_batches(cache, batch_size=20, seed=1, start=start))
+        assert torch.equal(later.pixels, alone[start].pixels)
+        assert later.epoch == alone[start].epoch == start // 3
+    names = cache.names.take(alone[4].rows.numpy())
+    assert [f"{i:05d}" for i in alone[4].rows.tolist()] == names["key"].to_pylist()
+    assert [f"0000{i // 20}" for i in alone[4].rows.tolist()] == names["shard"].to_pylist()
     for epoch in (alone[:3], alone[3:]):
         seen = {row.numpy().tobytes() for batch in epoch for row in batch.pixels}
         assert len(seen) == 60
@@ -122,6 +143,21 @@ def test_streamed_batches_repeat_with_the_seed_and_cover_the_shards(folder):
     assert max(counts.values()) <= 4
     with pytest.raises(ValueError, match="4 readers need as many shards, got 3"):
         next(streamed_batches(PairStream(READER, shards, TOKENIZER, 4, 0, 10, rank=0, world=4)))
+
+
+def test_a_stream_begins_at_about_the_place_it_had_come_to(folder):
+    shards = list_shards(str(folder))
+    captions = []
+
+    def tokenizer(texts):
+        captions.extend(texts)
+        return TOKENIZER(texts)
+
+    order = np.random.default_rng([4, 2]).permutation(3)  # of the shards in the third epoch
+    stream = PairStream(READER, shards, tokenizer, batch_size=20, seed=4, shuffle=1, start=2.4)
+    list(islice(streamed_batches(stream), 2))
+    read = [int(caption.split()[-1]) // 20 for caption in captions]
+    assert read == [order[1]] * 20 + [order[2]] * 20
 
 
 def test_streams_of_two_ranks_do_not_overlap_within_an_epoch(folder):
@@ -211,3 +247,120 @@ def test_damage_is_counted_and_too_little_refused(folder, tmp_path):
     write_tar(tmp_path / "cut.tar", [("0.txt", b"alone")])
     with pytest.raises(UsageError, match="nothing to train on: 1 shards with 0 usable pairs"):
         pretrain_here(str(tmp_path), out=str(tmp_path / "e.pt"), config=PretrainConfig(steps=1))
+
+
+@pytest.fixture(scope="module")
+def base(folder, tmp_path_factory) -> str:
+    """An encoder that was trained on the first shard for three steps."""
+    out = str(tmp_path_factory.mktemp("base") / "base.pt")
+    pretrain_here(str(folder / "00000.tar"), out=out, config=PretrainConfig(steps=3, batch_size=10, seed=8))
+    return out
+
+
+def test_a_base_is_trained_further(folder, base, tmp_path):
+    """Its weights are the first ones, and what it was trained on is kept apart from what is seen now."""
+    rest = [str(folder / "00001.tar"), str(folder / "00002.tar.gz")]
+    out, losses = str(tmp_path / "further.pt"), []
+    config = PretrainConfig(base=base, steps=2, batch_size=20, seed=5)
+    summary = pretrain_here(rest, out=out, config=config, on_step=lambda step, loss: losses.append(loss))
+    before = load_checkpoint(base)
+    model = build_model("tiny", seed=None)
+    model.load_state_dict(before.state_dict)
+    cache = load_pairs(READER, list_shards(rest), TOKENIZER, most=40)
+    batches = cached_batches(cache, batch_size=20, seed=5)
+    by_hand = train_clip(model, batches, steps=2, config=TrainConfig(lr=4e-4))
+    assert losses == by_hand.losses
+    assert summary.weights_sha256 == weights_sha256(model)
+
+    digests = {f.name.split(".")[0]: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
+    checkpoint = load_checkpoint(out)
+    assert checkpoint.base == Base("base.pt", load_encoder(base).weights_sha256, {"00000": digests["00000"]}, 3)
+    assert checkpoint.shards == {name: digests[name] for name in ("00001", "00002")}
+    assert (checkpoint.steps, checkpoint.total_steps, checkpoint.samples) == (2, 5, 40)
+    assert checkpoint.extra["settings"]["train"]["lr"] == 4e-4
+    info = encoder_info(out)
+    assert (info.trained_on, info.steps) == (digests, 5)
+    assert encoder_regime(info, digests).code == "trained_on_this_dump"
+    # and once more, from what was made here
+    again = str(tmp_path / "again.pt")
+    pretrain_here(rest[0], out=again, config=PretrainConfig(base=out, steps=1, batch_size=20))
+    assert load_checkpoint(again).total_steps == 6
+    assert load_encoder(again).trained_on == digests
+
+
+def test_a_base_that_does_not_say_what_it_was_trained_on(folder, base, tmp_path):
+    weights, out = str(tmp_path / "weights.pt"), str(tmp_path / "e.pt")
+    torch.save(load_checkpoint(base).state_dict, weights)
+    shard = str(folder / "00000.tar")
+    pretrain_here(shard, out=out, config=PretrainConfig(base=f"tiny:{weights}", model="tiny", steps=1, batch_size=20))
+    info = encoder_info(out)
+    assert (info.unknown_base, info.steps) == ("tiny:weights.pt", None)
+    assert encoder_regime(info, info.trained_on).code == "trained_on_this_dump"
+    assert encoder_regime(info, {"x": "11"}).code == "unknown"
+    # which is handed on
+    later = str(tmp_path / "later.pt")
+    pretrain_here(shard, out=later, config=PretrainConfig(base=out, steps=1, batch_size=20))
+    assert encoder_info(later).unknown_base == "tiny:weights.pt"
+
+
+def test_what_does_not_go_with_a_base(folder, base, tmp_path, monkeypatch):
+    out = str(tmp_path / "e.pt")
+
+    def refuse(said, **settings):
+        with pytest.raises(UsageError, match=said):
+            pretrain_here(str(folder), out=settings.pop("out", out), config=PretrainConfig(steps=1, **settings))
+
+    refuse("base.pt is no RN50: leave `--model` out, the architecture is that of the base", base=base, model="RN50")
+    refuse("is the base itself, which is needed until training is done: give another `out`", base=base, out=base)
+    refuse("there is no encoder file 'no/such.pt'", base="no/such.pt")
+    refuse("an untrained encoder sees nothing", base="tiny")
+    config = {"model_cfg": model_config("tiny"), "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    torch.save(load_checkpoint(base).state_dict, tmp_path / "open_clip_pytorch_model.bin")
+    refuse(
+        "local-dir:.* cannot be trained further: give an encoder file, ARCHITECTURE:FILE or",
+        base=f"local-dir:{tmp_path}",
+    )
+    assert not (tmp_path / "e.pt").exists()
+
+
+def test_a_published_model_is_rebuilt_as_open_clip_made_it(base, tmp_path, monkeypatch):
+    """With a stand-in for the download: the weights come from a file, the preprocessing from the tag."""
+    made = build_model("ViT-S-32-alt", seed=1)
+    settings = {"mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0), "interpolation": "bilinear", "resize_mode": "squash"}
+    monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda name: ["mine"])
+    monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: made)
+    monkeypatch.setattr(open_clip, "get_model_preprocess_cfg", lambda model: settings)
+    encoder = load_encoder("ViT-S-32-alt:mine")
+    assert weights_sha256(build_model(encoder.config, seed=1)) == encoder.weights_sha256
+    assert encoder.config["preprocess_cfg"] == settings
+    assert build_tokenizer(encoder.config)(["a dog"]).equal(encoder.tokenizer(["a dog"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--from", "BASE", "--model", "RN50"], "base.pt is no RN50: leave `--model` out"),
+        (["--from", "none.pt"], "there is no encoder file 'none.pt'"),
+        (["--from", "RN50:nothing"], "neither a file of weights nor a tag of RN50"),
+        (["--losses", "OUT"], "`losses` and `out` are both"),
+        (["--lr", "0"], "--train.lr"),
+    ],
+)
+def test_wrong_arguments_end_with_2_before_any_work(monkeypatch, capsys, folder, base, tmp_path, arguments, words):
+    out = str(tmp_path / "e.pt")
+    names = {"BASE": base, "OUT": out}
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(
+        sys, "argv", ["tarsift", "pretrain", str(folder), "-o", out, *(names.get(a, a) for a in arguments)]
+    )
+    monkeypatch.setattr(cli, "stop_on_signals", lambda: None)
+    started = []
+    monkeypatch.setattr("tarsift.pipelines.pretrain.session", lambda: started.append(1) or nullcontext())
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    printed = capsys.readouterr()
+    assert ended.value.code == 2
+    assert words in printed.err
+    assert not started
+    assert not list(tmp_path.iterdir())

@@ -24,15 +24,15 @@ PASSES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PASSES)
-def test_killed_driver(undisturbed, encoder, name):
+def test_killed_driver(undisturbed, name):
     out = undisturbed / name
-    child = subprocess.Popen(clean(undisturbed / "dump", out, encoder), start_new_session=True)
+    child = subprocess.Popen(clean(undisturbed / "dump", out, undisturbed / "enc.pt"), start_new_session=True)
     wait_for(child, out, "write" if name == "report" else name, 8 if name == "report" else PASSES[name])
     time.sleep(random.Random(name).uniform(0, 0.3))
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     before = {p: records(out, p) for p in (*PASSES, "enriched")}
-    subprocess.run(clean(undisturbed / "dump", out, encoder), check=True, timeout=300)
+    subprocess.run(clean(undisturbed / "dump", out, undisturbed / "enc.pt"), check=True, timeout=300)
     after = {p: records(out, p) for p in before}
     for passed, entries in before.items():  # no committed shard is done again by its pass
         assert entries == {shard: after[passed][shard] for shard in entries}, passed

@@ -1,0 +1,169 @@
+"""A training in a Ray Train worker group: it can be asked to stop, and workers that die are replaced."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
+
+import pyarrow.fs
+import ray
+import torch
+from ray.exceptions import RayError
+
+from tarsift.operators import storage
+from tarsift.operators.errors import TarsiftError, UsageError
+from tarsift.pipelines.session import TASK_RETRIES
+from tarsift.pipelines.stopping import patient
+
+T = TypeVar("T")
+
+
+class Work(Protocol):
+    """What every worker does; `asked` tells whether to stop, to worker 0 alone. What that one returns is the result."""
+
+    def __call__(
+        self, *, rank: int, device: torch.device, wrap: Callable[[Any], Any], asked: Callable[[], bool]
+    ) -> Any: ...
+
+
+def patiently(work: Callable[[Callable[[], bool]], T]) -> T:
+    """Do work that is told of a request to stop, and stops by raising; what is done by then counts as done.
+
+    Raises:
+        KeyboardInterrupt: at a second request, or if the work raises it.
+    """
+    done: list[T] = []
+    try:
+        with patient() as asked:
+            done.append(work(asked))
+    except KeyboardInterrupt:
+        if not done:
+            raise
+    return done[0]
+
+
+def run_workers(work: Work, *, out: str, workers: int, cpus: float, gpus: float | None) -> Any:
+    """Run `work` in a Ray Train worker group and return what worker 0 returns.
+
+    The group is started again when workers die, a few times. When this program is asked to stop, worker 0 is told.
+
+    Args:
+        out: where the result goes; Ray Train's record lies beside it meanwhile, since all workers see that place.
+        cpus, gpus: of each worker; None = a GPU where there are enough.
+
+    Raises:
+        UsageError: if Ray Train is not installed.
+        KeyboardInterrupt: if it was asked to stop before work had begun.
+    """
+    try:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+    except ImportError as error:
+        raise UsageError(f"`pretrain` needs Ray Train: pip install 'tarsift[train]' ({error}).") from error
+    if gpus is None:
+        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) >= workers else 0.0
+    resources = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+    fs, path = storage.filesystem(out)
+    filesystem = None if storage.is_local(out) else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
+    bell = ray.remote(num_cpus=0)(_Bell).remote()
+
+    def fit() -> Any:
+        storage.remove_tree(f"{out}.train")  # of a run that was killed; Ray Train would go on with it
+        try:
+            trainer = TorchTrainer(
+                _worker,
+                train_loop_config={"work": work, "bell": bell},
+                scaling_config=ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker=resources),
+                run_config=RunConfig(
+                    name="run",
+                    storage_path=f"{path}.train",
+                    storage_filesystem=filesystem,
+                    failure_config=FailureConfig(max_failures=0),
+                ),
+            )
+            return trainer.fit().return_value
+        finally:
+            storage.remove_tree(f"{out}.train")
+
+    def attempts(asked: Callable[[], bool]) -> Any:
+        for left in reversed(range(TASK_RETRIES + 1)):
+            try:
+                return _until_rung(fit, bell, asked)
+            except Exception as error:
+                cause = _cause(error)
+                if asked() and not isinstance(cause, TarsiftError):
+                    raise KeyboardInterrupt from error
+                if not left or not _of_a_death(cause, workers):
+                    raise cause from error
+        raise AssertionError
+
+    return patiently(attempts)
+
+
+class _Bell:
+    """Tells a worker, on whatever machine, that its driver was asked to stop; an actor."""
+
+    def __init__(self) -> None:
+        self._rung = asyncio.Event()
+        self._heard = False
+
+    async def hear(self) -> None:
+        """Return when it rings."""
+        self._heard = True
+        await self._rung.wait()
+
+    async def ring(self) -> bool:
+        """Ring, and tell whether anybody hears it."""
+        self._rung.set()
+        return self._heard
+
+
+def _until_rung(fit: Callable[[], T], bell: Any, asked: Callable[[], bool]) -> T:
+    """Call `fit` in a thread of its own: in the main thread it would take Ctrl-C for itself and kill the workers."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(fit())
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run, name="tarsift-train", daemon=True)
+    thread.start()
+    rung = False
+    while thread.is_alive():
+        thread.join(0.2)
+        if asked() and not rung:
+            rung = True
+            if not ray.get(bell.ring.remote()):
+                raise KeyboardInterrupt  # there are no workers yet, as where a cluster has no room for them
+    return future.result()
+
+
+def _worker(settings: dict[str, Any]) -> Any:
+    from ray.train import get_context
+    from ray.train.torch import get_device, prepare_model
+
+    rank = get_context().get_world_rank()
+    rung = [settings["bell"].hear.remote()] if rank == 0 else []
+    return settings["work"](
+        rank=rank,
+        device=get_device(),
+        wrap=lambda towers: prepare_model(towers, move_to_device=False),
+        asked=lambda: bool(rung and ray.wait(rung, timeout=0)[0]),
+    )
+
+
+def _cause(error: Exception) -> Exception:
+    """Return what is behind an error of Ray Train: an error of tarsift's, else one of Ray's, else the first."""
+    failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
+    causes = [getattr(failure, "health_check_failure", failure) for failure in failures.values()]
+    return next((c for kind in (TarsiftError, RayError, Exception) for c in causes if isinstance(c, kind)), error)
+
+
+def _of_a_death(cause: Exception, workers: int) -> bool:
+    """Tell whether a worker died; with several, the others may say first that they lost touch with it."""
+    return isinstance(cause, RayError) or (workers > 1 and isinstance(cause, RuntimeError))
