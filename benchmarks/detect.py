@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 from measuring import RESULTS, ROOT
-from zoo import KEY, Cell, make
+from zoo import KEY, Cell, evidence, make
 
 from tarsift.clip_detect import metrics
 from tarsift.clip_detect.baselines import BASELINES, Evidence, baseline_scores
@@ -52,9 +52,11 @@ IN_VOCABULARY = {"cifar10": "truck", "flickr8k": "dog", "digits": "three"}
 PARTS = {"tuning": (0, 5), "reporting": (1, 2, 3)}
 SHOWN = (
     "suspicion", "suspicion_image", "multiscale_slof", "dao_k16", "dao_as_published", "slof_as_published",
-    "caption_mismatch", "both_sides", "isolation_forest", "abl", "clip_similarity",
+    "caption_mismatch", "both_sides", "isolation_forest", "abl", "clip_similarity", "cognitive_distillation",
 )  # fmt: skip
 QUALIFIES, LEARNED, FEWEST = 0.9, 0.5, 20
+SLOW = ("cognitive_distillation", "dao_captions_as_published", "slof_captions_as_published")  # on some cells only
+RATE_OF_SLOW = 0.01
 
 
 def cells(part: str) -> list[Cell]:
@@ -98,10 +100,8 @@ def score(made: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     captions = rule.score(witness[0], witness[1], ids)
     verdict = fit_verdict(columns["suspicion"][first], captions["caption_mismatch"][first])
     columns |= captions | {"both_sides": verdict.score(columns["suspicion"], captions["caption_mismatch"])}
-    evidence = Evidence(image_embeddings=images, caption_embeddings=texts, losses=made.get("losses"))
-    have = {"image_embeddings", "caption_embeddings", *(("losses",) if "losses" in made else ())}
-    names = [name for name, spec in BASELINES.items() if set(spec.needs) <= have]
-    return columns | baseline_scores(evidence, names)
+    names = [name for name in BASELINES if name not in SLOW]
+    return columns | baseline_scores(Evidence(images, texts, made["losses"]), names)
 
 
 def figures(column: np.ndarray, poison: np.ndarray) -> dict[str, float]:
@@ -119,7 +119,10 @@ def run_cell(job: tuple[Cell, Path, Path]) -> dict[str, Any]:
     poison = made.arrays["poison"] > 0
     line = {"cell": cell.settings, "made": cell.digest, **made.record}
     if poison.any():
-        line["scores"] = {name: figures(column, poison) for name, column in score(made.arrays).items()}
+        columns = score(made.arrays)
+        if cell.corpus == "cifar10" and cell.rate == RATE_OF_SLOW and cell.seed == PARTS["reporting"][0]:
+            columns |= baseline_scores(evidence(cell, made, data, cache), SLOW)
+        line["scores"] = {name: figures(column, poison) for name, column in columns.items()}
     return line
 
 

@@ -27,11 +27,12 @@ import pyarrow.parquet as pq
 import torch
 from measuring import ROOT
 
+from tarsift.clip_detect.baselines import Evidence
 from tarsift.clip_detect.triggers import ATTACKS
 from tarsift.operators.decoding import ImageConfig, decode_image, fit_to_square, strict_pillow
 from tarsift.operators.encoder import ClipEncoder
 from tarsift.operators.folds import identities
-from tarsift.operators.images import hash_images
+from tarsift.operators.images import DecodeImages, hash_images
 from tarsift.operators.models import LoadedEncoder, load_encoder
 from tarsift.operators.poison import PoisonConfig, poison_images
 from tarsift.operators.schema import matrix
@@ -68,7 +69,11 @@ TEST_PICTURES = 1000
 
 @dataclass(frozen=True)
 class Cell:
-    """One poisoned dump. attack: a name in ATTACKS; None: nothing is planted."""
+    """One poisoned dump and how an encoder is trained on it.
+
+    attack: a name in ATTACKS; None: nothing is planted. epochs: None: the corpus's own number. base: training goes on
+    from the witness, which was trained on clean pictures of the same kind.
+    """
 
     corpus: str
     attack: str | None
@@ -78,6 +83,7 @@ class Cell:
     strengths: dict[str, float] = field(default_factory=dict)
     model: str = "tiny"
     epochs: int | None = None
+    base: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -160,14 +166,16 @@ def _make(cell: Cell, data: Path, cache: Path, work: Path) -> Made:
     source = find_source(cell, data, work)
     plan = with_templates(cell.poison(), source)
     planted = poison_here(source.dump, out=str(work / "dump"), config=plan)
+    witness_file = witness_of(cell, source, cache)
     trained_at = cpu_s()
-    encoder_file, losses = work / "enc.pt", work / "losses.parquet"
-    summary = pretrain_here(planted.shards, out=str(encoder_file), config=training(cell, losses=str(losses)))
+    encoder_file, losses = encoder_of(cell, cache), work / "losses.parquet"
+    config = training(cell, losses=str(losses), base=str(witness_file) if cell.base else None)
+    summary = pretrain_here(planted.shards, out=str(encoder_file), config=config, force=True)
     trained = cpu_s() - trained_at
     arrays, names, keys = embed(planted.shards, str(encoder_file))
     arrays["poison"] = planted_parts(cell, plan, planted.truth, names)
     arrays["losses"] = read_losses(losses, names, keys)
-    witness, *_ = embed(planted.shards, str(witness_of(cell, source, cache)))
+    witness, *_ = embed(planted.shards, str(witness_file))
     arrays |= {f"witness_{tower}": witness[tower] for tower in ("images", "texts")}
     record = {
         "samples": planted.samples,
@@ -181,16 +189,30 @@ def _make(cell: Cell, data: Path, cache: Path, work: Path) -> Made:
     return Made(arrays, record)
 
 
-def training(cell: Cell, *, losses: str | None = None) -> PretrainConfig:
-    """Return how the encoder of a cell is trained."""
+def encoder_of(cell: Cell, cache: Path) -> Path:
+    """Return the file of a cell's encoder."""
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache / f"{cell.digest}.pt"
+
+
+def training(cell: Cell, *, losses: str | None = None, base: str | None = None) -> PretrainConfig:
+    """Return how the encoder of a cell is trained; base: the encoder to go on from."""
     corpus = CORPORA[cell.corpus]
     return PretrainConfig(
-        model=cell.model,
+        model=None if base else model_of(cell.model),
+        base=base,
         epochs=cell.epochs or corpus.epochs,
         batch_size=corpus.batch_size,
         seed=cell.seed,
         losses=losses,
+        snapshot_s=3600,
     )
+
+
+def model_of(name: str) -> str:
+    """Return what `pretrain` takes: a model of tarsift's, or one that is described beside this file."""
+    described = ROOT / "benchmarks" / "models" / f"{name}.json"
+    return str(described) if described.exists() else name
 
 
 def find_source(cell: Cell, data: Path, work: Path) -> Source:
@@ -287,13 +309,33 @@ def witness_of(cell: Cell, source: Source, cache: Path) -> Path:
     """Return an encoder trained on pictures of the same kind, none of which is in the dump."""
     seed = cell.seed if cell.corpus != "cifar10" else int(cell.seed * 10 % 50 >= 10)  # its pictures serve many seeds
     settings = Cell(cell.corpus, None, 0.0, 500 + seed, epochs=20)
+    cache.mkdir(parents=True, exist_ok=True)
     file = cache / f"witness-{settings.digest}.pt"
     if not file.exists():
-        cache.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{time.monotonic_ns()}.pt")
         pretrain_here(source.witness, out=str(temporary), config=training(settings))
         temporary.replace(file)
     return file
+
+
+def evidence(cell: Cell, made: Made, data: Path, cache: Path) -> Evidence:
+    """Return all that a baseline may look at: the poisoned pictures and the encoder as a function as well."""
+    encoder = load_encoder(str(encoder_of(cell, cache)))
+    shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (encoder.mean, encoder.std))
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        return encoder.model.encode_image((images - shift) / scale)  # pyright: ignore[reportCallIssue]
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = find_source(cell, data, Path(folder))
+        plan = with_templates(cell.poison(), source)
+        planted = poison_here(source.dump, out=str(Path(folder) / "dump"), config=plan)
+        decode = DecodeImages(encoder.image_size, interpolation=encoder.interpolation, resize_mode=encoder.resize_mode)
+        tables = [decode(table) for shard in list_shards(planted.shards) for table in ReadShard()(shard)]
+    size = encoder.image_size
+    pixels = np.concatenate([matrix(table["pixels"])[0] for table in tables]).reshape(-1, size, size, 3)
+    images, texts = (made.arrays[name].astype(np.float32) for name in ("images", "texts"))
+    return Evidence(images, texts, made.arrays["losses"], pixels, encode)
 
 
 def measure(cell: Cell, encoder: LoadedEncoder, source: Source, plan: PoisonConfig) -> dict[str, Any]:

@@ -74,7 +74,13 @@ def _agreement(
     for start in range(0, len(own), _ROWS):
         part = slice(start, start + _ROWS)
         rows = near[part]
-        # Products summed row by row: a matrix product's bits depend on how many rows there are.
-        cosines = (own[part, None, :] * others[rows]).sum(axis=2, dtype=np.float64)
-        out[part] = cosines.sum(axis=1) / np.maximum(has_caption[rows].sum(axis=1), 1)
+        out[part] = cosines(own[part], others[rows]).sum(axis=1) / np.maximum(has_caption[rows].sum(axis=1), 1)
     return out
+
+
+def cosines(a: Float32[np.ndarray, "n d"], b: Float32[np.ndarray, "n m d"]) -> Float64[np.ndarray, "n m"]:
+    """Return the products of each row of unit length with those that belong to it.
+
+    Each is summed by itself: the bits of a matrix product depend on how many rows there are.
+    """
+    return np.einsum("nd,nmd->nm", a, b, optimize=False).astype(np.float64)

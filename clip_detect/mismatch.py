@@ -29,6 +29,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int64, UInt64
 from pydantic import BaseModel, Field
 
+from tarsift.clip_detect.agreement import cosines
 from tarsift.clip_detect.density import check_rule
 from tarsift.clip_detect.neighbors import knn, unit_norm
 from tarsift.clip_detect.reference import SMALLEST_DISTANCE
@@ -36,7 +37,7 @@ from tarsift.clip_detect.sampling import resalt, smallest
 from tarsift.clip_detect.threshold import median_mad, robust_z
 
 FEWEST_PAIRS = 64
-_ROWS = 512
+_ROWS = 512  # at a time, so that the rows of their neighbours stay in the cache
 
 
 class MismatchConfig(BaseModel, frozen=True, extra="forbid"):
@@ -117,8 +118,9 @@ class MismatchRule:
         rows: Int64[np.ndarray, "n k"], doubt: Float64[np.ndarray, " R"],
     ) -> Float64[np.ndarray, " n"]:  # fmt: skip
         """Mean distance in the other modality to the neighbours in one; near and fitting ones count more."""
-        weights = np.exp(-self.config.distance_decay * _distance(near[:, None], near_reference[rows]) - doubt[rows])
-        return (_distance(other[:, None], other_reference[rows]) * weights).sum(axis=1) / weights.sum(axis=1)
+        distances = 1.0 - cosines(near, near_reference[rows])
+        weights = np.exp(-self.config.distance_decay * distances - doubt[rows])
+        return ((1.0 - cosines(other, other_reference[rows])) * weights).sum(axis=1) / weights.sum(axis=1)
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return the rule as plain arrays (for `np.savez`) and a dict that json can write."""
@@ -192,9 +194,8 @@ def _log_odds(distances: Float64[np.ndarray, " n"], mixture: Float64[np.ndarray,
     return logs[:, 1] - logs[:, 0]
 
 
-def _distance(a: np.ndarray, b: np.ndarray) -> Float64[np.ndarray, "*shape"]:
-    """1 - cosine along the last axis, products summed row by row: the bits do not depend on how many rows there are."""
-    return 1.0 - (a * b).sum(axis=-1, dtype=np.float64)
+def _distance(a: Float32[np.ndarray, "n d"], b: Float32[np.ndarray, "n d"]) -> Float64[np.ndarray, " n"]:
+    return 1.0 - cosines(a, b[:, None])[:, 0]
 
 
 def _spread(values: np.ndarray, mask: Bool[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import make_dump
+from tests.conftest import make_dump, make_encoder
 from tests.pipelines.runs import clean, contents, tarsift
 from tests.pipelines.store import Store, files_of, s3_server, stored
 
@@ -22,6 +22,11 @@ def dump(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("s3") / "dump"
     make_dump(folder, shards=SHARDS, samples=SAMPLES)
     return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(dump) -> str:
+    return make_encoder(dump.parent / "enc.pt", dump)
 
 
 @pytest.fixture(scope="module")

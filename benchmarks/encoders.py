@@ -1,0 +1,68 @@
+"""How much training does detection need? Recall against cost, by epochs, size, kind of tower and starting point.
+
+On the tuning part of detect.py (CIFAR-10, a patch and a blend at 1 %), encoders that differ in one thing: how long
+they are trained; which towers they have (`tiny`, the same convolutions at half and twice the epochs' cost, a
+vision transformer); and whether training begins with random weights or goes on from an encoder that was
+trained on other, clean pictures. Appends one JSON line per cell, as detect.py does.
+
+    python benchmarks/encoders.py --data DATA
+    python benchmarks/encoders.py --table
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from detect import PARTS, load, run, success_of
+from detect import cell as cell_of
+from measuring import RESULTS, ROOT
+from zoo import Cell
+
+ATTACKS = ("patch", "blend")
+EPOCHS = (2, 4, 8, 15, 25)
+BASE_EPOCHS = (1, 2, 4)
+MODELS = ("tiny", "vit")
+
+
+def cells() -> list[Cell]:
+    """Return the cells, the cheapest first."""
+    out = []
+    for attack in ATTACKS:
+        start = cell_of("cifar10", attack, 0.01, PARTS["tuning"][0], "banana")
+        out += [replace(start, model=model, epochs=epochs) for model in MODELS for epochs in EPOCHS]
+        out += [replace(start, epochs=epochs, base=True) for epochs in BASE_EPOCHS]
+    return sorted(out, key=lambda cell: (cell.epochs or 0, cell.model))
+
+
+def table(results: Path) -> None:
+    """Print recall against cost."""
+    print(f"{'attack':8} {'model':6} {'from':7} {'epochs':>6} {'CPU-s':>7} {'accuracy':>8} {'success':>8}", end="")
+    print(f" {'AUROC':>7} {'AP':>6} {'recall at 5 %':>14}   (suspicion)")
+    for line in load(results):
+        cell, found = line["cell"], line["scores"]["suspicion"]
+        start = "encoder" if cell["base"] else "random"
+        print(f"{cell['attack']:8} {cell['model']:6} {start:7} {cell['epochs']:>6} {line['train_cpu_s']:>7.1f}", end="")
+        print(f" {line['accuracy']:>8.3f} {success_of(line):>8.3f}", end="")
+        print(f" {found['auroc']:>7.3f} {found['ap']:>6.3f} {found['recall_0.05']:>14.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=os.environ.get("TARSIFT_DATA"), help="folder of the corpora")
+    parser.add_argument("--cache", type=Path, default=ROOT / "scratch" / "zoo")
+    parser.add_argument("--results", type=Path, default=RESULTS / "encoders.jsonl")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    if not options.table and options.data is None:
+        parser.error("--data, or TARSIFT_DATA in the environment, must name the folder of the corpora")
+    if not options.table:
+        run(cells(), options.data, options.cache, options.results, processes=options.processes)
+    table(options.results)
+
+
+if __name__ == "__main__":
+    main()
