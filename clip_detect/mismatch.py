@@ -10,9 +10,10 @@ reference of pairs (x_j, y_j), the pair itself and its copies excluded:
     caption_distance   d(x, y)
     lemon_image        mean over the nearest images of d(y, y_j), weighted by exp(-tau1 d(x, x_j) - tau2 d(x_j, y_j))
     lemon_caption      mean over the nearest captions of d(x, x_j), weighted by exp(-tau1 d(y, y_j) - tau2 d(x_j, y_j))
-    caption_rarity     log of the distance from y to its k-th nearest caption
+    caption_unmatched  mean of d(x_j, y) over the k images that y fits best: high for a caption that fits no image here
     safeclip           log odds that d(x, y) is of the wider component of a mixture of two normal distributions
-    caption_mismatch   the verdict of this side: the largest of the first four, each standardised
+    caption_mismatch   the verdict of this side: caption_distance, lemon_caption and caption_unmatched, each
+                       standardised, added up
 
 Sources: LEMoN, Zhang et al. 2025 (ICML, arXiv 2407.18941), for the neighbour terms, whose weights here add up to
 one: a pair among pairs that do not fit would otherwise be the least suspicious of all; SafeCLIP, Yang et al. 2024
@@ -32,7 +33,6 @@ from pydantic import BaseModel, Field
 from tarsift.clip_detect.agreement import cosines
 from tarsift.clip_detect.density import check_rule
 from tarsift.clip_detect.neighbors import knn, unit_norm
-from tarsift.clip_detect.reference import SMALLEST_DISTANCE
 from tarsift.clip_detect.sampling import resalt, smallest
 from tarsift.clip_detect.threshold import median_mad, robust_z
 
@@ -93,7 +93,7 @@ class MismatchRule:
         z = robust_z(terms, self.scale[:, 0], self.scale[:, 1])
         columns = {name: terms[:, i] for i, name in enumerate(_TERMS)}
         columns["safeclip"] = _log_odds(terms[:, 0], self.mixture)
-        columns["caption_mismatch"] = z.max(axis=1, initial=-np.inf)
+        columns["caption_mismatch"] = z[:, 0] + z[:, 2] + z[:, 3]
         return {name: _spread(column, has_caption) for name, column in columns.items()}
 
     def _terms(self, pairs: Pairs, search: Mapping[str, Any]) -> Float64[np.ndarray, "n 4"]:
@@ -102,9 +102,9 @@ class MismatchRule:
         doubt = self.config.trust_decay * _distance(reference.images, reference.captions)
         ids = {"query_ids": pairs.ids, "reference_ids": reference.ids}
         by_image = knn(pairs.images, reference.images, k, **ids, **search).indices
-        found = knn(pairs.captions, reference.captions, k, **ids, **search)
-        by_caption = found.indices
-        out[:, 3] = np.log(np.maximum(found.distances[:, -1].astype(np.float64), SMALLEST_DISTANCE))
+        by_caption = knn(pairs.captions, reference.captions, k, **ids, **search).indices
+        best_images = knn(pairs.captions, reference.images, k, **ids, **search)
+        out[:, 3] = np.square(best_images.distances, dtype=np.float64).mean(axis=1) / 2
         for start in range(0, len(out), _ROWS):
             part = slice(start, start + _ROWS)
             x, y = pairs.images[part], pairs.captions[part]
@@ -137,7 +137,7 @@ class MismatchRule:
         return cls(config, reference, np.asarray(arrays["scale"]), np.asarray(arrays["mixture"]))
 
 
-_TERMS = ("caption_distance", "lemon_image", "lemon_caption", "caption_rarity")
+_TERMS = ("caption_distance", "lemon_image", "lemon_caption", "caption_unmatched")
 
 
 def fit_mismatch(

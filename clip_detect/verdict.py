@@ -12,6 +12,8 @@ from jaxtyping import Float, Float32, Float64
 from tarsift.clip_detect.density import check_rule
 from tarsift.clip_detect.threshold import median_mad, robust_z
 
+CAPTION_WEIGHT = 0.5  # natural captions that fit badly are more frequent than images that lie apart
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -31,7 +33,7 @@ class Verdict:
             return only.astype(np.float32)
         image = robust_z(density, *self.density_scale)
         caption = np.nan_to_num(robust_z(captions, *self.captions_scale))
-        return (image + caption).astype(np.float32)
+        return (image + CAPTION_WEIGHT * caption).astype(np.float32)
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return the rule as plain arrays (for `np.savez`) and a dict that json can write."""

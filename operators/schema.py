@@ -51,7 +51,7 @@ COLUMNS: dict[str, Column] = {
     "caption_distance": Column(pa.float32(), "ScoreMismatch", "1 - cosine of the embeddings by who judges captions"),
     "lemon_image": Column(pa.float32(), "ScoreMismatch", "how far the caption is from those of similar images"),
     "lemon_caption": Column(pa.float32(), "ScoreMismatch", "how far the image is from those of similar captions"),
-    "caption_rarity": Column(pa.float32(), "ScoreMismatch", "log distance to its k-th nearest caption"),
+    "caption_unmatched": Column(pa.float32(), "ScoreMismatch", "how badly the caption fits the images it fits best"),
     "safeclip": Column(pa.float32(), "ScoreMismatch", "log odds that the pair does not fit, of a mixture of two"),
     "caption_mismatch": Column(pa.float32(), "ScoreMismatch", "the caption side of the verdict"),
     "suspicion_density": Column(pa.float32(), "Judge", "the density side of the verdict, where captions judge too"),

@@ -7,8 +7,8 @@ from tarsift.clip_detect.metrics import auroc
 from tarsift.clip_detect.mismatch import MismatchConfig, MismatchRule, fit_mismatch
 from tarsift.clip_detect.neighbors import unit_norm
 
-COLUMNS = ["caption_distance", "lemon_image", "lemon_caption", "caption_rarity", "safeclip", "caption_mismatch"]
-BLIND = "caption_rarity"  # to a caption that is of another image, but none of a kind
+COLUMNS = ["caption_distance", "lemon_image", "lemon_caption", "caption_unmatched", "safeclip", "caption_mismatch"]
+BLIND = "caption_unmatched"  # to a caption that is of another image, but none of a kind
 
 
 def pairs(n=900, *, wrong=0.03, missing=2, d=16, seed=0):
@@ -34,13 +34,13 @@ def test_captions_of_another_subject_are_found_by_every_score():
         assert (auroc(columns[name][2:], mismatched[2:]) > 0.95) == (name != BLIND), name
 
 
-def test_captions_that_no_other_pair_has_are_found():
+def test_captions_that_fit_no_image_are_found():
     images, captions, ids, _ = pairs(wrong=0)
     captions[2:12] = -4 * np.ones(16) + np.random.default_rng(2).normal(size=(10, 16)) * 0.3
     rule = fit_mismatch(images, captions, ids, ids, MismatchConfig(neighbors=16))
     columns = rule.score(images, captions, ids)
     planted = np.arange(2, 900) < 12
-    assert auroc(columns["caption_rarity"][2:], planted) > 0.99
+    assert auroc(columns["caption_unmatched"][2:], planted) > 0.99
     assert auroc(columns["caption_mismatch"][2:], planted) > 0.95
 
 
@@ -69,8 +69,8 @@ def test_terms_are_those_of_the_definition():
             weights = [np.exp(-0.7 * (1 - near[i] @ near[j]) - 2.0 * (1 - x[j] @ y[j])) for j in nearest]
             terms = [1 - far[i] @ far[j] for j in nearest]
             assert columns[name][i] == pytest.approx(np.average(terms, weights=weights), abs=1e-6)
-        third = sorted(np.linalg.norm(y[i] - y[j]) for j in others)[2]
-        assert columns["caption_rarity"][i] == pytest.approx(np.log(third), abs=1e-5)
+        best = sorted(1 - x[j] @ y[i] for j in others)[:3]
+        assert columns["caption_unmatched"][i] == pytest.approx(np.mean(best), abs=1e-6)
 
 
 def test_the_mixture_never_prefers_worse_pairs():

@@ -8,7 +8,7 @@ import pytest
 
 from tarsift.clip_detect.mismatch import fit_mismatch
 from tarsift.clip_detect.suspicion import ScoredRows, SuspicionConfig, fit_density, fit_smoothing
-from tarsift.clip_detect.verdict import Verdict, fit_verdict
+from tarsift.clip_detect.verdict import CAPTION_WEIGHT, Verdict, fit_verdict
 from tarsift.operators.folds import identities
 from tarsift.operators.schema import fixed_size_list, matrix
 from tarsift.operators.scorer import CountCopies, Judge, ScoreDensity, ScoreMismatch, SmoothScores
@@ -85,7 +85,7 @@ def test_what_each_appends(maps, rows):
     assert appended["copies"] == ["duplicate_count"]
     assert appended["smoothing"] == ["suspicion_image", "caption_excess", "suspicion"]
     assert appended["mismatch"] == [
-        "caption_distance", "lemon_image", "lemon_caption", "caption_rarity", "safeclip", "caption_mismatch",
+        "caption_distance", "lemon_image", "lemon_caption", "caption_unmatched", "safeclip", "caption_mismatch",
     ]  # fmt: skip
     assert appended["judge"] == ["suspicion_density"]  # and `suspicion` anew
 
@@ -115,15 +115,15 @@ def test_a_verdict_of_one_side_is_that_side():
     assert np.array_equal(fit_verdict(None, captions).score(None, captions), [3, np.nan, 4], equal_nan=True)
 
 
-def test_a_verdict_of_both_is_the_sum_in_units_of_their_spread():
+def test_a_verdict_of_both_is_a_sum_in_units_of_their_spread():
     rng = np.random.default_rng(0)
     density, captions = rng.normal(3, 2, 5000), rng.normal(-1, 0.5, 5000)
     captions[0] = np.nan  # no caption: the other side decides alone
     verdict = fit_verdict(density, captions)
     found = verdict.score(density, captions)
-    wanted = (density - 3) / 2 + np.nan_to_num((captions + 1) / 0.5)
+    wanted = (density - 3) / 2 + CAPTION_WEIGHT * np.nan_to_num((captions + 1) / 0.5)
     assert np.abs(found - wanted).max() < 0.5
     assert np.corrcoef(found, wanted)[0, 1] > 0.999
-    assert verdict.scale == pytest.approx([0, np.sqrt(2) / 1.4826], abs=0.1)
+    assert verdict.scale == pytest.approx([0, np.hypot(1, CAPTION_WEIGHT) / 1.4826], abs=0.1)
     arrays, settings = verdict.state()
     assert Verdict.from_state(arrays, settings).score(density, captions).tobytes() == found.tobytes()
