@@ -26,8 +26,9 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# Mostly waiting for Ray to start: two at a time, those of a file one after the other.
 slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .

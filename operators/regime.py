@@ -43,7 +43,7 @@ def encoder_regime(info: EncoderInfo, shard_digests: Mapping[str, str] | None) -
         why = (
             "its file does not say what it was trained on"
             if info.trained_on is None
-            else "the digests of the dump's shards are not known"
+            else "the digests of the dump's shards are not known before they are read"
         )
         return Regime(
             "unknown",

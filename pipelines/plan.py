@@ -28,7 +28,7 @@ class Plan:
         samples: of the shards that are embedded already; None while none is.
         passes: (name, what it does, shards done, shards in total).
         coverage: which poisoning rates the rule can see, as a sentence.
-        encoders: per role (encoder, what is known of it and the dump, what it cannot see).
+        encoders: per role (encoder, what is known of it and the dump).
         looked_for, not_looked_for: kinds of attack, if the encoders are what the roles say.
     """
 
@@ -37,7 +37,7 @@ class Plan:
     bytes: int
     samples: int | None
     passes: list[tuple[str, str, int, int]]
-    encoders: dict[str, tuple[str, str, str]]
+    encoders: dict[str, tuple[str, str]]
     looked_for: tuple[str, ...]
     not_looked_for: tuple[str, ...]
     coverage: str | None
@@ -73,7 +73,7 @@ def make_plan(inputs: str | Sequence[str], out: str, config: CleanConfig) -> Pla
         regime = encoder_regime(info, digests)
         regimes[role] = regime.code if complete else None
         what = f"{info.name} ({info.image_size} px, {info.embed_dim}-d, weights {info.weights_sha256[:12]})"
-        encoders[role] = what, regime.sentence, regime.blind_to
+        encoders[role] = what, regime.sentence
         if role == run.roles[0]:
             samples, embedded_shards = sum(entry["rows"] for entry in embedded.values()), len(embedded)
     sides = choose_sides(regimes)
@@ -121,14 +121,16 @@ def render_plan(plan: Plan, console: Console) -> None:
         table.add_row(name, what, f"{done}/{total}")
     console.print(table, highlight=False)
     known = "not known before they are read" if plan.samples is None else f"{plan.samples:,} so far"
-    console.print(f"samples    {known}", highlight=False)
-    for role, (what, regime, blind_to) in plan.encoders.items():
-        console.print(f"{role:<10} {what}", highlight=False)
-        console.print(f"           {regime} It cannot see {blind_to}", highlight=False)
-    for title, kinds in (("looks for", plan.looked_for), ("not for", plan.not_looked_for)):
-        for kind in kinds:
-            console.print(f"{title:<10} {kind}", highlight=False)
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("samples", known)
+    for role, (what, regime) in plan.encoders.items():
+        facts.add_row(role, f"{what}. {regime}")
+    for kind in plan.looked_for:
+        facts.add_row("looks for", kind)
+    for kind in plan.not_looked_for:
+        facts.add_row("not for", kind)
     if plan.coverage:
-        console.print(f"coverage   {plan.coverage}", highlight=False)
+        facts.add_row("coverage", plan.coverage)
+    console.print(facts, highlight=False)
     console.print("settings", highlight=False)
     console.print(yaml.safe_dump(plan.config, sort_keys=False), highlight=False, markup=False)
