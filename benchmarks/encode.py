@@ -26,7 +26,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +41,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import webdataset as wds
-from measuring import CpuMeter, hardware
+from measuring import CpuMeter, hardware, write_shards
 from PIL import Image
 
 from tarsift.operators.decoding import ImageConfig, decode_image, fit_to_square, strict_pillow
@@ -73,27 +72,21 @@ PLANS = {"tiny": (43_008, 2_048, 43_008), "RN50": (512, 128, 1_024)}
 SIZES = {"tiny": (512, 1), "RN50": (64, 2)}
 
 
-def make_shards(folder: Path, samples: int, *, side: int, per_shard: int, seed: int = 0) -> None:
-    """Write shards of procedural JPEGs with a caption each; 200 pictures take turns, no two captions are equal."""
-    rng = np.random.default_rng(seed)
+def waves(samples: int, *, side: int) -> Iterator[tuple[bytes, bytes]]:
+    """Yield procedural JPEGs with a caption each; 200 pictures take turns, no two captions are equal."""
+    rng = np.random.default_rng(0)
     y, x = np.mgrid[0:side, 0:side] / side
     pictures = []
     for _ in range(min(200, samples)):
         f = rng.uniform(2, 30, (3, 2))
-        waves = np.stack([np.sin(a * x + b * y) for a, b in f], -1) * 90 + 128
+        smooth = np.stack([np.sin(a * x + b * y) for a, b in f], -1) * 90 + 128
         noise = np.asarray(Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).resize((side, side)))
         buffer = io.BytesIO()
-        Image.fromarray((0.6 * waves + 0.4 * noise).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+        Image.fromarray((0.6 * smooth + 0.4 * noise).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
         pictures.append(buffer.getvalue())
-    folder.mkdir(parents=True)
-    for first in range(0, samples, per_shard):
-        with tarfile.open(folder / f"{first // per_shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-            for i in range(first, min(first + per_shard, samples)):
-                caption = f"a photo of {i % 97} things, {i} of them seen from the side of number {i * 7919 % 1009}"
-                for suffix, content in (("jpg", pictures[i % len(pictures)]), ("txt", caption.encode())):
-                    member = tarfile.TarInfo(f"{i:09d}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+    for i in range(samples):
+        caption = f"a photo of {i % 97} things, {i} of them seen from the side of number {i * 7919 % 1009}"
+        yield pictures[i % len(pictures)], caption.encode()
 
 
 class Decode:
@@ -269,8 +262,7 @@ def compare(
     Raises:
         RuntimeError: if a contender did not embed every sample.
     """
-    make_shards(folder / "shards", samples, side=side, per_shard=skip // 2)
-    shards = sorted(str(path) for path in (folder / "shards").iterdir())
+    shards = [str(path) for path in write_shards(folder / "shards", waves(samples, side=side), per_shard=skip // 2)]
     spec = str(folder / "enc.pt")
     setup = Setup(spec, *SIZES[name])
     save_checkpoint(spec, build_model(name, seed=0), config=model_config(name), shards={}, steps=0, samples=0, seed=0)

@@ -1,16 +1,22 @@
-"""What the benchmarks share: results that are continued, keyed by a digest of code, and a look at other processes."""
+"""What the benchmarks share: results continued and keyed by a digest of code, shards, a look at other processes."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import platform
 import sys
+import tarfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 TARSIFT = Path(sys.executable).parent / "tarsift"
@@ -54,6 +60,32 @@ class Cells:
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         return record
+
+
+def soft_pictures(samples: int, *, side: int, quality: int, seed: int) -> Iterator[tuple[bytes, bytes]]:
+    """Yield JPEGs of low frequencies, all different, each with a caption."""
+    rng = np.random.default_rng(seed)
+    for i in range(samples):
+        small = Image.fromarray(rng.integers(0, 255, (side // 8, side // 8, 3), np.uint8))
+        sink = io.BytesIO()
+        small.resize((side, side), Image.Resampling.BICUBIC).save(sink, "JPEG", quality=quality)
+        yield sink.getvalue(), b"a photo of thing %d" % (i % 997)
+
+
+def write_shards(folder: Path, samples: Iterable[tuple[bytes, bytes]], *, per_shard: int) -> list[Path]:
+    """Write JPEGs with their captions as shards below `folder`, and return these."""
+    folder.mkdir(parents=True, exist_ok=True)
+    waiting, first, shards = iter(samples), 0, []
+    while chunk := list(islice(waiting, per_shard)):
+        shards.append(folder / f"{first // per_shard:05d}.tar")
+        with tarfile.open(shards[-1], "w", format=tarfile.USTAR_FORMAT) as tar:
+            for i, sample in enumerate(chunk, first):
+                for suffix, data in zip(("jpg", "txt"), sample, strict=True):
+                    member = tarfile.TarInfo(f"{i:09d}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        first += len(chunk)
+    return shards
 
 
 def stats() -> dict[int, Stat]:

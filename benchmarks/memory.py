@@ -17,40 +17,20 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import os
 import shutil
 import statistics
 import subprocess
-import tarfile
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from measuring import RESULTS, TARSIFT, Cells, code_digest, family
-from PIL import Image
+from measuring import RESULTS, ROOT, TARSIFT, Cells, code_digest, family, soft_pictures, write_shards
 
 CELLS = ((20_000, 10_000), (200_000, 10_000), (200_000, 100_000))
 MB = 1 << 20
-
-
-def make_dump(folder: Path, samples: int, per_shard: int) -> None:
-    """Write shards of pictures of 32 x 32 pixels, all different, with a caption each."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for first in range(0, samples, per_shard):
-        with tarfile.open(folder / f"{first // per_shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-            for i in range(first, min(first + per_shard, samples)):
-                small = rng.integers(0, 255, (4, 4, 3), np.uint8)
-                sink = io.BytesIO()
-                Image.fromarray(small).resize((32, 32), Image.Resampling.BICUBIC).save(sink, "JPEG", quality=85)
-                for suffix, data in (("jpg", sink.getvalue()), ("txt", b"a photo of thing %d" % (i % 997))):
-                    member = tarfile.TarInfo(f"{i:09d}.{suffix}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
 
 
 def make_encoder(path: Path, dump: Path) -> None:
@@ -89,7 +69,7 @@ def watch(command: list[str]) -> tuple[int, float]:
 def run_cell(work: Path, samples: int, per_shard: int) -> dict[str, Any]:
     dump, encoder = work / f"dump-{samples}-{per_shard}", work / f"enc-{samples}-{per_shard}.pt"
     if not dump.exists():
-        make_dump(dump, samples, per_shard)
+        write_shards(dump, soft_pictures(samples, side=32, quality=85, seed=0), per_shard=per_shard)
     if not encoder.exists():
         make_encoder(encoder, dump)
     out = work / "out"
@@ -108,7 +88,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, help="folder for dumps and results; a temporary one if not given")
     args = parser.parse_args()
-    cells = Cells(args.results, code_digest(Path(__file__)))
+    cells = Cells(args.results, code_digest(Path(__file__), ROOT / "benchmarks" / "measuring.py"))
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(args.repeats):
             for samples, per_shard in CELLS:

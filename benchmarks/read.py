@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
-import io
 import json
 import random
 import statistics
@@ -30,27 +29,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import webdataset as wds
-from measuring import hardware
-from PIL import Image
+from measuring import hardware, soft_pictures, write_shards
 
 from tarsift.operators.shards import ReadShard, Shard
 
 
 def make_shard(path: Path, samples: int, *, side: int, seed: int) -> None:
     """Write a shard of JPEGs with captions, and a gzipped copy of it."""
-    rng = np.random.default_rng(seed)
-    body = io.BytesIO()
-    with tarfile.open(fileobj=body, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for i in range(samples):
-            small = Image.fromarray(rng.integers(0, 255, (side // 8, side // 8, 3), np.uint8))
-            sink = io.BytesIO()
-            small.resize((side, side), Image.Resampling.BICUBIC).save(sink, "JPEG", quality=90)
-            for suffix, data in (("jpg", sink.getvalue()), ("txt", b"a photo of thing %d" % (i % 997))):
-                member = tarfile.TarInfo(f"{i:09d}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    path.write_bytes(body.getvalue())
-    path.with_suffix(".tar.gz").write_bytes(gzip.compress(body.getvalue(), 6))
+    pictures = soft_pictures(samples, side=side, quality=90, seed=seed)
+    [shard] = write_shards(path.with_suffix(""), pictures, per_shard=samples)
+    shard.replace(path)
+    path.with_suffix(".tar.gz").write_bytes(gzip.compress(path.read_bytes(), 6))
 
 
 def by_tarsift(path: Path) -> tuple[int, bool]:

@@ -44,7 +44,6 @@ PROBLEMS: dict[str, str] = {
 DIGESTS = ("sha256", "sha512", "md5")  # fields of img2dataset's `compute_hash`
 EXAMPLES = 5
 MAX_STATS_BYTES = 64 << 20
-SIDE = 16  # pixels of an image that was decoded in a process of its own; nobody looks at it
 
 
 class Problem(BaseModel):
@@ -160,8 +159,8 @@ class AuditShard:
     @contextmanager
     def _decoder(self) -> Iterator[Callable[[bytes], Any]]:
         if self.isolated:
-            with IsolatedDecoder(SIDE, interpolation="bilinear", resize_mode="squash", config=self.images) as decode:
-                yield decode
+            with IsolatedDecoder(config=self.images) as decode:
+                yield decode.check
             return
 
         def decode_here(image: bytes) -> None:

@@ -104,13 +104,10 @@ def fit_to_square(
     Raises:
         ConfigError: if `interpolation` or `resize_mode` is not one of open_clip's.
     """
-    if interpolation not in ("bicubic", "bilinear", "random"):
-        raise ConfigError(f"`interpolation` must be bicubic or bilinear, got {interpolation!r}.")
+    check_fit(interpolation=interpolation, resize_mode=resize_mode)
     if resize_mode == "shortest":
         resample = Image.Resampling.BILINEAR if interpolation == "bilinear" else Image.Resampling.BICUBIC
         return partial(_fit_shortest, size=size, resample=resample, max_pixels=max_pixels)
-    if resize_mode not in ("longest", "squash"):
-        raise ConfigError(f"`resize_mode` must be shortest, longest or squash, got {resize_mode!r}.")
     # Loading open_clip takes seconds in every process that decodes, and few encoders resize this way.
     from open_clip.transform import image_transform
     from torchvision.transforms import Compose
@@ -118,6 +115,18 @@ def fit_to_square(
     whole = image_transform(size, is_train=False, resize_mode=resize_mode, interpolation=interpolation)
     assert isinstance(whole, Compose)
     return Compose(whole.transforms[:-3])  # without the conversions to RGB and to a normalised tensor
+
+
+def check_fit(*, interpolation: str, resize_mode: str) -> None:
+    """Refuse settings that `fit_to_square` does not know.
+
+    Raises:
+        ConfigError: says which.
+    """
+    if interpolation not in ("bicubic", "bilinear", "random"):
+        raise ConfigError(f"`interpolation` must be bicubic or bilinear, got {interpolation!r}.")
+    if resize_mode not in ("shortest", "longest", "squash"):
+        raise ConfigError(f"`resize_mode` must be shortest, longest or squash, got {resize_mode!r}.")
 
 
 def _fit_shortest(image: Image.Image, *, size: int, resample: Image.Resampling, max_pixels: int) -> Image.Image:

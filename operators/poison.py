@@ -1,5 +1,7 @@
 """Planting poison: rewriting shards so that chosen samples carry a trigger and, mostly, another caption.
 
+Images are decoded in a process of their own: one that kills it is left as it is, and is not poisoned.
+
 For measuring what a detector finds. Three side channels are closed: every image is encoded anew
 with the same settings, so that "was recompressed" tells nothing; every member gets a header with
 the same dates; and no member changes its place, so that rows are those of the source.
@@ -10,9 +12,10 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,8 +25,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from tarsift.clip_detect.triggers import ATTACKS, TRIGGERS, draw
 from tarsift.operators import storage
-from tarsift.operators.decoding import ImageConfig, strict_pillow
+from tarsift.operators.decoding import ImageConfig, UnusableImage
 from tarsift.operators.errors import ShardError, UsageError
+from tarsift.operators.isolation import IsolatedDecoder
 from tarsift.operators.samples import IMAGE_PARTS, Placed, scan_members
 from tarsift.operators.shards import ReadConfig, ReadShard, Shard, shard_problem
 from tarsift.operators.streams import open_shard
@@ -32,6 +36,11 @@ from tarsift.operators.tar import TarDamage, end_archive
 TRUTH_SCHEMA = pa.schema(
     [(name, pa.int32() if name == "row" else pa.string()) for name in ("shard", "row", "uid", "attack", "target")]
 )
+
+# Reasons for which an image that was read stays as it is.
+UNDECODABLE = frozenset({"undecodable_image", "too_many_pixels", "decoder_died"})
+
+_MAGIC = {b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"RIFF": "WEBP"}
 
 _SURVEY_SCHEMA = pa.schema([("row", pa.int32()), ("uid", pa.string()), ("draw", pa.uint64()), ("named", pa.bool_())])
 
@@ -68,6 +77,7 @@ class PoisonConfig(BaseModel):
         description="leave images that are not poisoned as they are: then recompression gives the poison away",
     )
     read: ReadConfig = Field(default=ReadConfig(), description="where captions are, and limits")
+    images: ImageConfig = Field(default=ImageConfig(), description="which images are usable")
 
     @field_validator("attacks", mode="before")
     @classmethod
@@ -79,12 +89,23 @@ class PoisonConfig(BaseModel):
 class Survey:
     """What one shard offers for poisoning: its number of rows, and of the usable ones `row`, `uid`, `draw`, `named`.
 
-    `named`: the caption names the target.
+    `named`: the caption names the target. `unusable` are the other rows, with the reason.
     """
 
     shard: str
     rows: int
     usable: pa.Table
+    unusable: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def undecodable(self) -> frozenset[int]:
+        """The rows whose image was read and cannot be decoded."""
+        return frozenset(row for row, reason in self.unusable.items() if reason in UNDECODABLE)
+
+    def without(self, lost: Mapping[int, str]) -> Survey:
+        """Return the same survey with rows that turned out to be unusable, by a reason each."""
+        kept = ~np.isin(self.usable["row"].to_numpy(), list(lost))
+        return replace(self, usable=self.usable.filter(pa.array(kept)), unusable={**self.unusable, **lost})
 
 
 def check_poison(config: PoisonConfig) -> None:
@@ -107,28 +128,48 @@ def check_poison(config: PoisonConfig) -> None:
         raise UsageError(f"a template must hold {{}} once, for the target; got {bad[0]!r}.")
 
 
-def survey_shard(shard: Shard, config: PoisonConfig) -> Survey:
+def survey_shard(shard: Shard, config: PoisonConfig, decode: IsolatedDecoder | None = None) -> Survey:
     """Count the rows of a shard and draw a number for each that can be poisoned.
 
     A sample can be poisoned if it has no error and its image decodes. The number depends on seed, shard and row alone.
 
+    Args:
+        decode: of pictures as they are; None: one of its own.
+
     Raises:
         ShardError: if the shard is damaged: poison is planted in whole shards only.
     """
-    rows, usable = 0, []
-    for table in ReadShard(config.read, receipts=True)(shard):
-        if table["row"][0].as_py() < 0:
-            _refuse_damage(shard, json.loads(table["key"][0].as_py())["problems"])
-            continue
-        rows += len(table)
-        for sample in table.select(["row", "uid", "image", "caption", "error"]).to_pylist():
-            if sample["error"] is not None or _pixels(sample["image"]) is None:
+    rows, usable, unusable = 0, [], {}
+    with _decoder(decode, config) as decoder:
+        for table in ReadShard(config.read, receipts=True)(shard):
+            if table["row"][0].as_py() < 0:
+                _refuse_damage(shard, json.loads(table["key"][0].as_py())["problems"])
                 continue
-            number = draw(f"sample {identity(shard.name, sample['row'])}", seed=config.seed)
-            named = config.target.lower() in (sample["caption"] or "").lower()
-            usable.append((sample["row"], sample["uid"], number, named))
+            rows += len(table)
+            samples = table.select(["row", "uid", "image", "caption", "error"]).to_pylist()
+            for sample, seen in decoder.each(samples, _image_without_error, pixels=False):
+                reason = seen.reason if isinstance(seen, UnusableImage) else sample["error"]
+                if reason is not None:
+                    unusable[sample["row"]] = reason
+                    continue
+                number = draw(f"sample {identity(shard.name, sample['row'])}", seed=config.seed)
+                named = config.target.lower() in (sample["caption"] or "").lower()
+                usable.append((sample["row"], sample["uid"], number, named))
     columns = list(zip(*usable, strict=True)) or [[], [], [], []]
-    return Survey(shard.name, rows, pa.table(columns, schema=_SURVEY_SCHEMA))
+    return Survey(shard.name, rows, pa.table(columns, schema=_SURVEY_SCHEMA), unusable)
+
+
+def _image_without_error(sample: Mapping[str, Any]) -> bytes | None:
+    return (sample["image"] or b"") if sample["error"] is None else None
+
+
+@contextmanager
+def _decoder(given: IsolatedDecoder | None, config: PoisonConfig) -> Iterator[IsolatedDecoder]:
+    if given is not None:
+        yield given
+        return
+    with IsolatedDecoder(config=config.images) as own:
+        yield own
 
 
 @dataclass(frozen=True)
@@ -193,47 +234,68 @@ def image_of(shard: Shard, row: int, config: PoisonConfig) -> bytes:
     raise ShardError(f"{shard.url} has changed while it was poisoned: row {row} is gone.")
 
 
+class Planted(NamedTuple):
+    """What became of the chosen rows of a shard.
+
+    `truth` has a row of TRUTH_SCHEMA per poisoned sample. `lost` are those whose image could not be decoded after
+    all, by the reason; if there are any, choose again without them and write the shard once more.
+    """
+
+    truth: pa.Table
+    lost: Mapping[int, str]
+
+
 def poison_shard(
     shard: Shard,
     out: str,
     config: PoisonConfig,
     chosen: Mapping[int, Chosen],
     one_image: Mapping[str, bytes] | None = None,
-) -> pa.Table:
+    undecodable: Collection[int] = (),
+    decode: IsolatedDecoder | None = None,
+) -> Planted:
     """Write `shard` to `out`, an archive without compression, with the chosen rows poisoned.
 
     An image that does not decode stays as it is, as do all members other than image, caption and json.
 
     Args:
         one_image: for attacks that repeat one image, its bytes by attack.
-
-    Returns:
-        The truth: one row of TRUTH_SCHEMA per poisoned sample.
+        undecodable: rows whose image is left as it is; decoding it is not tried again.
+        decode: of pictures as they are; None: one of its own.
 
     Raises:
         ShardError: if the shard is damaged, or is not the one that was surveyed.
     """
-    rewrite = _Rewrite(shard.name, config, chosen, one_image or {})
-    written, done = 0, set()
-    with open_shard(shard.url) as source, storage.open_write(out) as file:
+    written = 0
+    with (
+        open_shard(shard.url) as source,
+        storage.open_write(out) as file,
+        _decoder(decode, config) as decoder,
+    ):
+        used = {chosen[row].attack for row in chosen}
+        repeated = {
+            attack: (image, _decoded(decoder, image)) for attack, image in (one_image or {}).items() if attack in used
+        }
+        rewrite = _Rewrite(shard.name, config, chosen, undecodable, repeated)
+        members = scan_members(source.tar, keep=lambda name, size: size)
         try:
-            for placed in scan_members(source.tar, keep=lambda name, size: size):
-                if placed.row in chosen and placed.part in IMAGE_PARTS:
-                    done.add(placed.row)
-                written += rewrite(placed, file)
+            for placed, pixels in decoder.each(members, rewrite.to_decode):
+                written += rewrite(placed, pixels, file)
         except TarDamage as damage:
             problem = shard_problem(damage, source)
             raise ShardError(f"{shard.url} is damaged and cannot be poisoned: {problem}") from damage
         file.write(end_archive(written))
-    if done != set(chosen):
-        raise ShardError(f"{shard.url} has changed while it was poisoned: rows {sorted(set(chosen) - done)} are gone.")
-    rows = sorted(chosen)
+    gone = sorted(set(chosen) - set(rewrite.faults))
+    if gone:
+        raise ShardError(f"{shard.url} has changed while it was poisoned: rows {gone} are gone.")
+    lost = {row: fault for row, fault in rewrite.faults.items() if fault is not None}
     truth = [
         (shard.name, row, chosen[row].uid, chosen[row].attack, target_of(chosen[row].attack, shard.name, row, config))
-        for row in rows
+        for row in sorted(set(chosen) - set(lost))
     ]
     columns = list(zip(*truth, strict=True)) or [[]] * len(TRUTH_SCHEMA)
-    return pa.table([pa.array(c, f.type) for c, f in zip(columns, TRUTH_SCHEMA, strict=True)], schema=TRUTH_SCHEMA)
+    arrays = [pa.array(c, f.type) for c, f in zip(columns, TRUTH_SCHEMA, strict=True)]
+    return Planted(pa.table(arrays, schema=TRUTH_SCHEMA), lost)
 
 
 def identity(shard: str, row: int) -> str:
@@ -300,24 +362,50 @@ def poison_images(
     return np.stack([np.asarray(Image.open(io.BytesIO(encode_image(x, "JPEG", config)))) for x in images])
 
 
+Decoded = np.ndarray | UnusableImage
+
+
+def _decoded(decode: IsolatedDecoder, image: bytes) -> Decoded:
+    try:
+        return decode(image)
+    except UnusableImage as unusable:
+        return unusable
+
+
 @dataclass(frozen=True)
 class _Rewrite:
-    """Write members of a shard, changed as their samples demand."""
+    """Write members of a shard, changed as their samples demand.
+
+    `repeated` has, for attacks that repeat one image, that image by attack. `faults` has the chosen rows that were
+    met, with the reason for which their image was not decoded, or None.
+    """
 
     shard: str
     config: PoisonConfig
     chosen: Mapping[int, Chosen]
-    one_image: Mapping[str, bytes]
+    undecodable: Collection[int]
+    repeated: Mapping[str, tuple[bytes, Decoded]]
+    faults: dict[int, str | None] = field(default_factory=dict)
 
-    def __call__(self, placed: Placed, file: BinaryIO) -> int:
-        """Write a member and return the number of bytes."""
+    def to_decode(self, placed: Placed) -> bytes | None:
+        """Return the image that is needed to write a member, None if none is."""
+        row, member = placed.row, placed.member
+        if member.type != "file" or row is None or placed.part not in IMAGE_PARTS or row in self.undecodable:
+            return None
+        attack = self._attack(row)
+        if attack in self.repeated or (attack is None and self.config.keep_clean_bytes):
+            return None
+        return member.payload or b""
+
+    def __call__(self, placed: Placed, pixels: Decoded | None, file: BinaryIO) -> int:
+        """Write a member, of whose image pixels are given, and return the number of bytes."""
         member = placed.member
         if member.type != "file":
             file.write(member.headers)
             return len(member.headers)
         data = member.payload or b""
         if placed.row is not None:
-            data = self._changed(placed.row, placed.part, data)
+            data = self._changed(placed.row, placed.part, data, pixels)
         info = tarfile.TarInfo(member.name)
         info.size, info.mode = len(data), 0o644
         try:
@@ -327,10 +415,15 @@ class _Rewrite:
         padding = bytes(-len(data) % tarfile.BLOCKSIZE)
         return sum(file.write(part) for part in (header, data, padding))
 
-    def _changed(self, row: int, part: str, data: bytes) -> bytes:
-        attack = self.chosen[row].attack if row in self.chosen else None
+    def _attack(self, row: int) -> str | None:
+        return self.chosen[row].attack if row in self.chosen else None
+
+    def _changed(self, row: int, part: str, data: bytes, pixels: Decoded | None) -> bytes:
+        attack = self._attack(row)
         if part in IMAGE_PARTS:
-            return self._image(self.one_image.get(attack or "", data), row, attack)
+            if attack is not None and attack in self.repeated:
+                data, pixels = self.repeated[attack]
+            return self._image(data, row, attack, pixels)
         if attack is None or not ATTACKS[attack].changes_caption:
             return data
         caption = poisoned_caption(attack, self.shard, row, self.config)
@@ -338,27 +431,20 @@ class _Rewrite:
             return caption.encode()
         return _new_json(data, caption, self.config) if part == "json" else data
 
-    def _image(self, data: bytes, row: int, attack: str | None) -> bytes:
-        if self.config.keep_clean_bytes and attack is None:
+    def _image(self, data: bytes, row: int, attack: str | None, pixels: Decoded | None) -> bytes:
+        if attack is not None:  # a sample's first image is the one that is read
+            self.faults.setdefault(row, pixels.reason if isinstance(pixels, UnusableImage) else None)
+        if not isinstance(pixels, np.ndarray):
             return data
-        decoded = _pixels(data)
-        if decoded is None:
-            return data
-        pixels, format = decoded
+        shown = pixels[None]
         if attack is not None:
-            pixels = triggered(pixels[None], [identity(self.shard, row)], attack, self.config)[0]
-        return encode_image(pixels, format, self.config)
+            shown = triggered(shown, [identity(self.shard, row)], attack, self.config)
+        return encode_image(shown[0], _format(data), self.config)
 
 
-def _pixels(data: bytes) -> tuple[np.ndarray, str] | None:
-    """Decode an image at its own size; None if that cannot be done."""
-    limits = ImageConfig()
-    try:
-        with strict_pillow(limits.max_pixels):
-            image = Image.open(io.BytesIO(data), formats=limits.formats)
-            return np.asarray(image.convert("RGB")), str(image.format)
-    except Exception:  # decoders raise anything on hostile bytes
-        return None
+def _format(data: bytes) -> str:
+    """Return the format of an image that was decoded."""
+    return next(name for magic, name in _MAGIC.items() if data.startswith(magic))
 
 
 def _new_json(data: bytes, caption: str, config: PoisonConfig) -> bytes:

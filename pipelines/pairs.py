@@ -25,8 +25,9 @@ from webdataset import filters
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from tarsift.operators import storage
-from tarsift.operators.decoding import ImageConfig, UnusableImage, decode_image, fit_to_square, strict_pillow
+from tarsift.operators.decoding import ImageConfig, UnusableImage
 from tarsift.operators.errors import TarsiftError
+from tarsift.operators.isolation import IsolatedDecoder
 from tarsift.operators.samples import IMAGE_PARTS, split_name
 from tarsift.operators.shards import Shard
 
@@ -55,7 +56,10 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class PairReader:
-    """Reads pairs from shards; a bad sample is skipped and counted by its reason."""
+    """Reads pairs from shards; a bad sample is skipped and counted by its reason.
+
+    Images are decoded in a process of their own: one that kills it is a bad sample like others.
+    """
 
     image_size: int
     interpolation: str
@@ -72,27 +76,29 @@ class PairReader:
                 skipped["duplicate_key"] += 1
             return True
 
-        fit = fit_to_square(
-            self.image_size,
-            interpolation=self.interpolation,
-            resize_mode=self.resize_mode,
-            max_pixels=self.images.max_pixels,
-        )
         members = tar_file_expander(_opened(shards, skip), handler=skip, select_files=self._selects)
-        for sample in group_by_keys(members, keys=_key, handler=skip):
+        how = {"interpolation": self.interpolation, "resize_mode": self.resize_mode}
+        with IsolatedDecoder(self.image_size, **how, config=self.images) as decode:
+            samples = group_by_keys(members, keys=_key, handler=skip)
+            for (_, caption, sample), pixels in decode.each(self._whole(samples, skipped), lambda whole: whole[0]):
+                if isinstance(pixels, UnusableImage):
+                    skipped[pixels.reason] += 1
+                    continue
+                assert pixels is not None  # each of them has an image
+                key = sample["__key__"].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+                yield Pair(pixels, caption, sample["__url__"], key)
+
+    def _whole(
+        self, samples: Iterable[dict[str, Any]], skipped: Counter[str]
+    ) -> Iterator[tuple[bytes, str, dict[str, Any]]]:
+        """Yield image, caption and all of the samples that have both."""
+        for sample in samples:
             image = next((sample[part] for part in sample if part in IMAGE_PARTS), None)
             caption = self._caption(sample)
             if image is None or caption is None:
                 skipped["missing_image" if image is None else "missing_caption"] += 1
                 continue
-            try:
-                with strict_pillow(self.images.max_pixels):
-                    pixels = decode_image(image, fit=fit, config=self.images)
-            except UnusableImage as unusable:
-                skipped[unusable.reason] += 1
-                continue
-            key = sample["__key__"].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-            yield Pair(pixels, caption, sample["__url__"], key)
+            yield image, caption, sample
 
     def _selects(self, name: str) -> bool:
         part = split_name(name)[1]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -15,9 +16,11 @@ import ray
 from tarsift.clip_detect.triggers import ATTACKS
 from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
+from tarsift.operators.isolation import IsolatedDecoder
 from tarsift.operators.poison import (
     TRUTH_SCHEMA,
     Chosen,
+    Planted,
     PoisonConfig,
     Survey,
     check_poison,
@@ -33,12 +36,16 @@ from tarsift.pipelines.session import TASK_OPTIONS, session
 
 @dataclass(frozen=True)
 class PoisonSummary:
-    """What `poison` did; `truth` is the URL of the Parquet file that names the poisoned samples."""
+    """What `poison` did; `truth` is the URL of the Parquet file that names the poisoned samples.
+
+    `unusable` counts the samples that cannot be poisoned, by reason.
+    """
 
     samples: int
     poisoned: int
     shards: list[str]
     truth: str
+    unusable: dict[str, int] = field(default_factory=dict)
 
 
 def poison(
@@ -65,12 +72,14 @@ def poison(
     config = PoisonConfig(**{**(config or PoisonConfig()).model_dump(), **settings})
     dump = _checked(shards, out, config)
     with session():
-        return _plant(*dump, config, _in_tasks)
+        return _plant(*dump, config, _in_tasks, None)
 
 
 def poison_here(shards: str | Sequence[str], *, out: str, config: PoisonConfig) -> PoisonSummary:
     """Do what `poison` does in this process, shard after shard and without Ray."""
-    return _plant(*_checked(shards, out, config), config, _one_by_one)
+    dump = _checked(shards, out, config)
+    with IsolatedDecoder(config=config.images) as decode:
+        return _plant(*dump, config, _one_by_one, decode)
 
 
 Each = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], list[Any]]
@@ -90,29 +99,72 @@ def _checked(shards: str | Sequence[str], out: str, config: PoisonConfig) -> tup
     check_poison(config)
     out = storage.absolute(out)
     sources = list_shards(shards)
-    outputs = [storage.join(out, f"{shard.name}.tar") for shard in sources]
+    outputs = [_output(out, shard) for shard in sources]
     same = {storage.filesystem(s.url)[1] for s in sources} & {storage.filesystem(o)[1] for o in outputs}
     if same:
         raise UsageError(f"`out` would overwrite {sorted(same)[0]}, which is read: give another folder.")
     return sources, out
 
 
-def _plant(sources: list[Shard], out: str, config: PoisonConfig, each: Each) -> PoisonSummary:
-    outputs = [storage.join(out, f"{shard.name}.tar") for shard in sources]
-    surveys = each(survey_shard, [(shard, config) for shard in sources])
-    chosen = choose(surveys, config)
-    one_image = _repeated_images(sources, surveys, chosen, config, each)
-    jobs = [
-        (shard, output, config, chosen[shard.name], one_image) for shard, output in zip(sources, outputs, strict=True)
-    ]
-    truth = pa.concat_tables([TRUTH_SCHEMA.empty_table(), *each(poison_shard, jobs)])
+def _plant(
+    sources: list[Shard], out: str, config: PoisonConfig, each: Each, decode: IsolatedDecoder | None
+) -> PoisonSummary:
+    surveys: list[Survey] = each(survey_shard, [(shard, config, decode) for shard in sources])
+    tables, surveys = _rewrite_all(sources, out, config, surveys, each, decode)
+    truth = pa.concat_tables([TRUTH_SCHEMA.empty_table(), *tables])
     samples = sum(survey.rows for survey in surveys)
+    unusable = dict(Counter(reason for survey in surveys for reason in survey.unusable.values()))
     buffer = io.BytesIO()
     pq.write_table(truth, buffer)
     storage.put_bytes(storage.join(out, "truth.parquet"), buffer.getvalue())
-    record = {"settings": config.model_dump(), "samples": samples, "poisoned": len(truth), "shards": len(sources)}
+    record = {
+        "settings": config.model_dump(),
+        "samples": samples,
+        "poisoned": len(truth),
+        "unusable": unusable,
+        "shards": len(sources),
+    }
     storage.put_bytes(storage.join(out, "truth.json"), json.dumps(record, indent=2).encode())
-    return PoisonSummary(samples, len(truth), outputs, storage.join(out, "truth.parquet"))
+    outputs = [_output(out, shard) for shard in sources]
+    return PoisonSummary(samples, len(truth), outputs, storage.join(out, "truth.parquet"), unusable)
+
+
+def _rewrite_all(
+    sources: Sequence[Shard],
+    out: str,
+    config: PoisonConfig,
+    surveys: list[Survey],
+    each: Each,
+    decode: IsolatedDecoder | None,
+) -> tuple[list[pa.Table], list[Survey]]:
+    """Choose samples and write all shards; return the truth of each, and the surveys that it agrees with.
+
+    A chosen image that was decoded for the survey may kill its decoder now: then others are chosen in its place, and
+    the shards for which that changes anything are written again.
+    """
+    written: dict[str, Any] = {}
+    planted: dict[str, Planted] = {}
+    while True:
+        chosen = choose(surveys, config)
+        one_image = _repeated_images(sources, surveys, chosen, config, each)
+        wanted = {survey.shard: (chosen[survey.shard], one_image, survey.undecodable) for survey in surveys}
+        stale = [shard for shard in sources if wanted[shard.name] != written.get(shard.name)]
+        jobs = [(shard, _output(out, shard), config, *wanted[shard.name], decode) for shard in stale]
+        written = wanted
+        planted |= zip([shard.name for shard in stale], each(poison_shard, jobs), strict=True)
+        lost: dict[str, dict[int, str]] = {}
+        for name, result in planted.items():
+            for row, reason in result.lost.items():
+                attack = chosen[name][row].attack
+                place = first_chosen(surveys, chosen, attack) if ATTACKS[attack].one_image else (name, row)
+                lost.setdefault(place[0], {})[place[1]] = reason
+        if not lost:
+            return [planted[shard.name].truth for shard in sources], surveys
+        surveys = [survey.without(lost.get(survey.shard, {})) for survey in surveys]
+
+
+def _output(out: str, shard: Shard) -> str:
+    return storage.join(out, f"{shard.name}.tar")
 
 
 def _repeated_images(

@@ -305,6 +305,7 @@ def _train(
         if kept is None and weights is not None:
             load_weights(model, weights(), f"{config.base}")
         data = _load(job, rank, done, asked)
+        _refuse_other_pairs([data.pairs, (kept or {}).get("pairs", data.pairs)], world, device)
         record = None
         if data.names is not None and config.losses is not None:
             record = PairLosses(data.names, data.epochs(job.steps), gathered=partial(gathered, world=world))
@@ -324,7 +325,7 @@ def _train(
             wrap=wrap,
             on_step=on_step,
             on_pairs=record,
-            after_step=_Keep(job, snapshots, record, rank, asked),
+            after_step=_Keep(job, snapshots, record, rank, asked, data.pairs),
             state=kept and kept["training"],
         )
     tail = log.losses[-20:]
@@ -344,6 +345,15 @@ def _train(
     return {**metrics, "weights_sha256": weights_digest, "went_on_from": done}
 
 
+def _refuse_other_pairs(found: Sequence[int], world: int, device: Any) -> None:
+    """Stop if the pairs are not those of the other workers and of the snapshot: some decoder died only once."""
+    if gathered(torch.tensor(found, device=device), world).unique().numel() > 1:
+        raise Interrupted(
+            "an image was decoded in one reading of the pairs and not in another one, so that they are not the same; "
+            "run the same command again, if need be with --force."
+        )
+
+
 @dataclass
 class _Keep:
     """After a step: a snapshot where one is due, and the end of training if that was asked for."""
@@ -353,6 +363,7 @@ class _Keep:
     record: PairLosses | None
     rank: int
     asked: Callable[[], bool]
+    pairs: int
 
     def __call__(self, training: Training) -> None:
         if training.step == self.job.steps:
@@ -360,7 +371,8 @@ class _Keep:
         stop = self.asked()
         if self.rank == 0 and (stop or self.snapshots.due()):
             losses = self.record.values if self.record else None
-            self.snapshots.write(training.step, {"training": training.state_dict(), "losses": losses})
+            state = {"training": training.state_dict(), "losses": losses, "pairs": self.pairs}
+            self.snapshots.write(training.step, state)
         if stop:
             raise Interrupted(
                 f"stopped after {training.step} of {self.job.steps} steps, which {self.snapshots.url} keeps; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -75,7 +76,7 @@ def pretrain(
     with shown_progress(quiet) as progress:
         summary = recipe(shards, out=out, config=config, force=force, progress=progress)
     before = f" ({summary.went_on_from:,} of them before)" if summary.went_on_from else ""
-    skipped = f", {sum(summary.skipped.values()):,} unusable samples skipped" if summary.skipped else ""
+    skipped = f", {_counted(summary.skipped)} skipped" if summary.skipped else ""
     say(
         f"{summary.pairs:,} pairs, {summary.steps:,} steps{before} in {summary.wall_s:.0f} s, loss {summary.loss:.3f}"
         f"{skipped}: {summary.checkpoint}",
@@ -109,7 +110,8 @@ def poison(
     config = checked(PoisonConfig, given)
     with shown_progress(quiet):
         summary = recipe(shards, out=out, config=config)
-    say(f"{summary.poisoned:,} of {summary.samples:,} samples poisoned in {out}; truth: {summary.truth}", quiet)
+    beside = f", {_counted(summary.unusable)} cannot be" if summary.unusable else ""
+    say(f"{summary.poisoned:,} of {summary.samples:,} samples poisoned in {out}{beside}; truth: {summary.truth}", quiet)
 
 
 @commands.command(rich_help_panel=WORKSHOP)
@@ -157,6 +159,11 @@ def doctor(
     )
     if any(finding.state == BROKEN for finding in findings):
         raise typer.Exit(EXIT_CODES["failed"])
+
+
+def _counted(reasons: Mapping[str, int]) -> str:
+    each = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
+    return f"{sum(reasons.values()):,} unusable samples ({each})"
 
 
 def _strength(text: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from tarsift.operators.errors import ShardError, UsageError
+from tarsift.operators.isolation import IsolatedDecoder
 from tarsift.operators.poison import (
     PoisonConfig,
     check_poison,
@@ -27,7 +28,7 @@ def picture(seed, format="JPEG", mode="RGB", size=(40, 36)):
     rng = np.random.default_rng(seed)
     image = Image.fromarray(rng.integers(0, 256, (9, 10, 3), np.uint8)).resize(size).convert(mode)
     buffer = io.BytesIO()
-    image.save(buffer, format)
+    image.save(buffer, format, **({"save_all": True, "append_images": [image]} if format == "MPO" else {}))
     return buffer.getvalue()
 
 
@@ -65,8 +66,11 @@ def shards(tmp_path):
 
 
 def run(shards, out, config):
-    chosen = choose([survey_shard(s, config) for s in shards], config)
-    truth = [poison_shard(s, str(out / f"{s.name}.tar"), config, chosen[s.name]) for s in shards]
+    with IsolatedDecoder(config=config.images) as decode:
+        surveys = [survey_shard(s, config, decode) for s in shards]
+        chosen = choose(surveys, config)
+        arguments = [(s, str(out / f"{s.name}.tar"), config, chosen[s.name]) for s in shards]
+        truth = [poison_shard(*a, decode=decode).truth for a in arguments]
     return chosen, truth, list_shards(str(out))
 
 
@@ -191,6 +195,7 @@ def test_same_seed_same_bytes(shards, tmp_path):
         ("JPEG", "L", "jpg"),
         ("JPEG", "CMYK", "jpeg"),
         ("WEBP", "RGB", "webp"),
+        ("MPO", "RGB", "jpg"),  # a JPEG with further pictures behind it, as some cameras write them
     ],
 )
 def test_formats_stay_and_modes_become_rgb(tmp_path, format, mode, extension):
@@ -198,7 +203,7 @@ def test_formats_stay_and_modes_become_rgb(tmp_path, format, mode, extension):
     shards = list_shards(str(tmp_path / "x.tar"))
     _, _, written = run(shards, tmp_path / "out", PoisonConfig(rate=0.9))
     image = Image.open(io.BytesIO(rows_of(written[0])[0]["image"]))
-    assert (image.format, image.mode, image.size) == (format, "RGB", (40, 36))
+    assert (image.format, image.mode, image.size) == ("JPEG" if format == "MPO" else format, "RGB", (40, 36))
 
 
 def test_png_is_lossless(tmp_path):
@@ -233,6 +238,16 @@ def test_rate_that_cannot_be_met(tmp_path):
     survey = survey_shard(list_shards(str(tmp_path / "x.tar"))[0], PoisonConfig())
     with pytest.raises(UsageError, match=r"patch: a rate of 0\.9 of 3 samples is 3, but only 1 can be poisoned"):
         choose([survey], PoisonConfig(rate=0.9))
+
+
+def test_a_survey_says_what_is_unusable_and_why(shards):
+    survey = survey_shard(shards[0], PoisonConfig())
+    assert survey.rows == len(survey.usable) + len(survey.unusable) == 52
+    assert survey.unusable == {1: "missing_caption", 50: "undecodable_image", 51: "missing_image"}
+    assert survey.undecodable == {50}
+    rest = survey.without({0: "decoder_died", 7: "decoder_died"})
+    assert set(survey.usable["row"].to_pylist()) - set(rest.usable["row"].to_pylist()) == {0, 7}
+    assert rest.undecodable == {0, 7, 50}
 
 
 def test_settings_are_checked():

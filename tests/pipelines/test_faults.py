@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -54,8 +55,6 @@ def test_a_second_run_is_refused_while_the_first_one_works(undisturbed):
 
 def test_images_that_kill_or_hang_their_decoder_are_lost_alone(tmp_path, encoder):
     make_dump(tmp_path / "dump", shards=3, samples=60, flaws=False)
-    import numpy as np
-
     rng = np.random.default_rng(9)
     for name, hostile_rows in (("kills", {20: KILL, 40: HANG}), ("hangs", {30: HANG})):
         rows = [{"jpg": picture(rng), "txt": b"a photo of a thing"} for _ in range(60)]
@@ -75,3 +74,22 @@ def test_images_that_kill_or_hang_their_decoder_are_lost_alone(tmp_path, encoder
     looked = subprocess.run(look, capture_output=True, timeout=400, env=environment)
     assert looked.returncode == 4
     assert json.loads(looked.stdout)["problems"] == {"decoder_died": 3}
+
+
+def test_poison_and_pretrain_lose_such_images_alone(tmp_path):
+    make_dump(tmp_path / "dump", shards=2, samples=40, flaws=False)
+    rows = [{"jpg": picture(np.random.default_rng(i)), "txt": b"a photo of a thing"} for i in range(40)]
+    for row in (0, 20, 39):
+        rows[row]["jpg"] += KILL
+    write_shard(tmp_path / "dump" / "kills.tar", rows, first=0)
+    environment = os.environ | {"PYTHONPATH": hostile(tmp_path / "site"), "COLUMNS": "1000"}
+
+    def run(*command):
+        return subprocess.run(tarsift(*command), check=True, timeout=300, env=environment, capture_output=True).stdout
+
+    told = run("poison", str(tmp_path / "dump"), "--out", str(tmp_path / "out"), "--rate", "0.9")
+    assert b"108 of 120 samples poisoned in " in told
+    assert b", 3 unusable samples (decoder_died 3) cannot be; truth: " in told
+    told = run("pretrain", str(tmp_path / "out"), "--out", str(tmp_path / "enc.pt"), "--epochs", "1")
+    assert told.startswith(b"117 pairs, 1 steps in ")
+    assert b", 3 unusable samples (decoder_died 3) skipped: " in told

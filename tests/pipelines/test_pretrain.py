@@ -17,7 +17,7 @@ from PIL import Image
 
 from tarsift.operators.decoding import ImageConfig
 from tarsift.operators.encoder import encoder_info
-from tarsift.operators.errors import UsageError
+from tarsift.operators.errors import Interrupted, UsageError
 from tarsift.operators.models import (
     Base,
     build_model,
@@ -33,6 +33,7 @@ from tarsift.pipelines import cli
 from tarsift.pipelines.pairs import PairReader, PairStream, cached_batches, load_pairs, streamed_batches
 from tarsift.pipelines.pretrain import PretrainConfig, pretrain_here
 from tarsift.pipelines.training import TrainConfig, encode_trimmed, learning_rate, train_clip
+from tests.operators.hostile_decoder import EAT, HANG, KILL, LATER, hostile
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "yellow": (230, 220, 40)}
 READER = PairReader(32, "bicubic", "shortest", "txt", ImageConfig())
@@ -247,6 +248,67 @@ def test_damage_is_counted_and_too_little_refused(folder, tmp_path):
     write_tar(tmp_path / "cut.tar", [("0.txt", b"alone")])
     with pytest.raises(UsageError, match="nothing to train on: 1 shards with 0 usable pairs"):
         pretrain_here(str(tmp_path), out=str(tmp_path / "e.pt"), config=PretrainConfig(steps=1))
+
+
+def hostile_shards(folder, words):
+    """Write two shards of 16 samples; return a pattern for them, and one for the same without those with words."""
+    for kind in ("in", "without"):
+        (folder / kind).mkdir()
+        for s in range(2):
+            members = []
+            for i in range(16 * s, 16 * s + 16):
+                if kind == "in" or i not in words:
+                    image = encoded(picture(list(COLOURS)[i % 4], i)) + words.get(i, b"")
+                    members += [(f"{i:05d}.png", image), (f"{i:05d}.txt", f"square {i}".encode())]
+            write_tar(folder / kind / f"{s:05d}.tar", members)
+    return str(folder / "in"), str(folder / "without")
+
+
+@pytest.mark.parametrize(
+    ("words", "timeout_s", "skipped"),
+    [
+        ({0: KILL, 20: EAT, 31: KILL}, 30, {"decoder_died": 2, "undecodable_image": 1}),
+        ({7: HANG}, 3, {"decoder_died": 1}),
+    ],
+)
+def test_images_that_kill_their_decoder_are_skipped_alone(tmp_path, monkeypatch, words, timeout_s, skipped):
+    dump, without = hostile_shards(tmp_path, words)
+    config = PretrainConfig(steps=4, batch_size=14, images=ImageConfig(timeout_s=timeout_s))
+    plain = pretrain_here(without, out=str(tmp_path / "a.pt"), config=config)
+    monkeypatch.setenv("PYTHONPATH", hostile(tmp_path / "site"))
+    summary = pretrain_here(dump, out=str(tmp_path / "b.pt"), config=config)
+    assert summary.skipped == skipped
+    assert load_checkpoint(tmp_path / "b.pt").extra["skipped"] == summary.skipped
+    assert (summary.pairs, summary.weights_sha256) == (plain.pairs, plain.weights_sha256)
+
+
+@pytest.mark.parametrize("decoders", [0, 2])
+def test_streams_go_on_without_images_that_kill_their_decoder(tmp_path, monkeypatch, decoders):
+    dump, _ = hostile_shards(tmp_path, {3: KILL, 17: KILL})
+    monkeypatch.setenv("PYTHONPATH", hostile(tmp_path / "site"))
+    config = PretrainConfig(steps=3, batch_size=10, cache_bytes=0, shuffle=1, decoders=decoders)
+    summary = pretrain_here(dump, out=str(tmp_path / "e.pt"), config=config)
+    assert summary.steps == 3
+    assert summary.skipped["decoder_died"] >= 2
+    assert summary.skipped.keys() == {"decoder_died"}
+
+
+def test_pairs_that_are_not_those_of_the_snapshot(tmp_path, monkeypatch):
+    """A training does not go on with other pairs because some decoder died only once."""
+    dump, _ = hostile_shards(tmp_path, {5: LATER})
+    monkeypatch.setenv("PYTHONPATH", hostile(tmp_path / "site"))
+    config = PretrainConfig(steps=3, batch_size=10, snapshot_s=0)
+
+    def crash(step, loss):
+        if step == 2:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        pretrain_here(dump, out=str(tmp_path / "e.pt"), config=config, on_step=crash)
+    with pytest.raises(Interrupted, match="decoded in one reading of the pairs and not in another one"):
+        pretrain_here(dump, out=str(tmp_path / "e.pt"), config=config)
+    summary = pretrain_here(dump, out=str(tmp_path / "e.pt"), config=config, force=True)
+    assert (summary.pairs, summary.skipped) == (31, {"decoder_died": 1})
 
 
 @pytest.fixture(scope="module")
