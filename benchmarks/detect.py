@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 from collections import defaultdict
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import RESULTS, ROOT
+from measuring import RESULTS, ROOT, Cells
 from zoo import KEY, Cell, evidence, make
 
 from tarsift.clip_detect import metrics
@@ -142,16 +141,28 @@ def load(path: Path) -> list[dict[str, Any]]:
 
 def run(chosen: Iterable[Cell], data: Path, cache: Path, results: Path, *, processes: int) -> None:
     """Make and score what is not there yet, in several processes."""
-    code = scoring_digest()
-    done = {(line["made"], line["code"]) for line in load(results)}
-    jobs = [(cell, data, cache) for cell in chosen if (cell.digest, code) not in done]
+    done = Cells(results, scoring_digest())
+    jobs = [(cell, data, cache) for cell in chosen if not done.find(made=cell.digest)]
     print(f"{len(jobs)} cells to do", flush=True)
-    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=8) as pool:
-        for line in pool.imap_unordered(run_cell, jobs):
-            results.parent.mkdir(parents=True, exist_ok=True)
-            with results.open("a") as file:
-                file.write(json.dumps(line | {"code": code}) + "\n")
-            print(row_of(line), flush=True)
+    for line in done.run(run_cell, jobs, processes=processes):
+        print(row_of(line), flush=True)
+
+
+def parser_of(doc: str | None, results: str) -> argparse.ArgumentParser:
+    """Return a parser of the options that the benchmarks on these cells share."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=os.environ.get("TARSIFT_DATA"), help="folder of the corpora")
+    parser.add_argument("--cache", type=Path, default=ROOT / "scratch" / "zoo")
+    parser.add_argument("--results", type=Path, default=RESULTS / results)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--table", action="store_true")
+    return parser
+
+
+def require_data(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with a sentence if it is not said where the corpora are."""
+    if options.data is None:
+        parser.error("--data, or TARSIFT_DATA in the environment, must name the folder of the corpora")
 
 
 def success_of(line: dict[str, Any]) -> float:
@@ -212,21 +223,15 @@ def bars(lines: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("TARSIFT_DATA"), help="folder of the corpora")
-    parser.add_argument("--cache", type=Path, default=ROOT / "scratch" / "zoo")
-    parser.add_argument("--results", type=Path, default=RESULTS / "detect.jsonl")
+    parser = parser_of(__doc__, "detect.jsonl")
     parser.add_argument("--part", choices=list(PARTS))
     parser.add_argument("--corpus", nargs="*")
     parser.add_argument("--attack", nargs="*")
     parser.add_argument("--seed", type=int, nargs="*")
     parser.add_argument("--sample", type=float, default=1.0, help="a random share of the cells, the same every time")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     if options.part:
-        if options.data is None:
-            parser.error("--data, or TARSIFT_DATA in the environment, must name the folder of the corpora")
+        require_data(parser, options)
         chosen = [
             cell
             for cell in cells(options.part)

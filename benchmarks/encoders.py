@@ -11,14 +11,11 @@ trained on other, clean pictures. Appends one JSON line per cell, as detect.py d
 
 from __future__ import annotations
 
-import argparse
-import os
 from dataclasses import replace
 from pathlib import Path
 
-from detect import PARTS, load, run, success_of
+from detect import PARTS, load, parser_of, require_data, run, success_of
 from detect import cell as cell_of
-from measuring import RESULTS, ROOT
 from zoo import Cell
 
 ATTACKS = ("patch", "blend")
@@ -50,16 +47,10 @@ def table(results: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("TARSIFT_DATA"), help="folder of the corpora")
-    parser.add_argument("--cache", type=Path, default=ROOT / "scratch" / "zoo")
-    parser.add_argument("--results", type=Path, default=RESULTS / "encoders.jsonl")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--table", action="store_true")
+    parser = parser_of(__doc__, "encoders.jsonl")
     options = parser.parse_args()
-    if not options.table and options.data is None:
-        parser.error("--data, or TARSIFT_DATA in the environment, must name the folder of the corpora")
     if not options.table:
+        require_data(parser, options)
         run(cells(), options.data, options.cache, options.results, processes=options.processes)
     table(options.results)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import platform
 import sys
 import tarfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,14 @@ class Cells:
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         return record
+
+    def run(
+        self, work: Callable[[Any], dict[str, Any]], jobs: Sequence[Any], *, processes: int
+    ) -> Iterator[dict[str, Any]]:
+        """Do jobs in several processes, and write down and yield the record of each as it is finished."""
+        with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=8) as pool:
+            for record in pool.imap_unordered(work, jobs):
+                yield self.add(**record)
 
 
 def soft_pictures(samples: int, *, side: int, quality: int, seed: int) -> Iterator[tuple[bytes, bytes]]:

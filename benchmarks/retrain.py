@@ -15,10 +15,7 @@ line per training to `--results`; one that is there already (same cell, same cod
 
 from __future__ import annotations
 
-import argparse
 import json
-import multiprocessing
-import os
 import random
 import tempfile
 import time
@@ -28,8 +25,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from detect import FEWEST, QUALIFIES, TRIGGERED, cells, load, scoring_digest, success_of
-from measuring import RESULTS, ROOT
+from detect import (
+    FEWEST,
+    QUALIFIES,
+    TRIGGERED,
+    cells,
+    load,
+    parser_of,
+    require_data,
+    scoring_digest,
+    success_of,
+)
+from measuring import RESULTS, Cells
 from zoo import KEY, Cell, find_source, make, measure, training, with_templates
 
 from tarsift.clip_detect.suspicion import suspicion
@@ -135,38 +142,26 @@ def table(results: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("TARSIFT_DATA"), help="folder of the corpora")
-    parser.add_argument("--cache", type=Path, default=ROOT / "scratch" / "zoo")
+    parser = parser_of(__doc__, "retrain.jsonl")
     parser.add_argument("--scored", type=Path, default=RESULTS / "detect.jsonl")
-    parser.add_argument("--results", type=Path, default=RESULTS / "retrain.jsonl")
     parser.add_argument("--share", type=float, default=1 / 3)
     parser.add_argument("--fractions", type=float, nargs="*", default=[DEFAULT])
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     if options.table:
         table(options.results)
         return
-    if options.data is None:
-        parser.error("--data, or TARSIFT_DATA in the environment, must name the folder of the corpora")
-    code = scoring_digest()
-    lines = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
-    done = {(line["made"], line["way"], line["fraction"], line["code"]) for line in lines}
+    require_data(parser, options)
+    done = Cells(options.results, scoring_digest())
     jobs = [
         (cell, way, fraction, options.data, options.cache)
         for cell in qualifying(options.scored, options.share)
         for fraction in options.fractions
         for way in WAYS
-        if (cell.digest, way, fraction, code) not in done
+        if not done.find(made=cell.digest, way=way, fraction=fraction)
     ]
     print(f"{len(jobs)} trainings to do", flush=True)
-    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=8) as pool:
-        for line in pool.imap_unordered(run_training, jobs):
-            options.results.parent.mkdir(parents=True, exist_ok=True)
-            with options.results.open("a") as file:
-                file.write(json.dumps(line | {"code": code}) + "\n")
-            print(line["made"], line["way"], line["fraction"], line["success"], line["accuracy"], flush=True)
+    for line in done.run(run_training, jobs, processes=options.processes):
+        print(line["made"], line["way"], line["fraction"], line["success"], line["accuracy"], flush=True)
 
 
 if __name__ == "__main__":

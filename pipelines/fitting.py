@@ -224,7 +224,7 @@ def _fit_last(
         columns = smoothing.score(candidates.embeddings, candidates.ids, candidates.density, said, **search)
         if "density" in judges:
             image = columns["suspicion"]
-    if pairs is not None and mismatch is not None and "captions" in judges:
+    if pairs is not None and mismatch is not None:
         rows = (pairs[name] for name in ("embeddings", "captions", "ids"))
         caption = mismatch.score(*rows, **search)["caption_mismatch"]
     if density is not None and pairs is not None and image is not None and caption is not None:
