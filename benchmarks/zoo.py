@@ -34,7 +34,8 @@ from tarsift.operators.encoder import ClipEncoder
 from tarsift.operators.folds import identities
 from tarsift.operators.images import DecodeImages, hash_images
 from tarsift.operators.models import LoadedEncoder, load_encoder
-from tarsift.operators.poison import PoisonConfig, poison_images
+from tarsift.operators.planting import poison_images
+from tarsift.operators.poison import PoisonConfig
 from tarsift.operators.schema import matrix
 from tarsift.operators.shards import ReadShard, list_shards
 from tarsift.pipelines import demo_corpus
@@ -45,8 +46,9 @@ from tarsift.pipelines.zeroshot import attack_success, classify, to_mean_directi
 KEY = b"zoo"  # of the hashes by which samples are drawn
 # What a dump and its encoder are made by; cells made with other code are made again.
 MAKERS = (
-    "clip_detect/triggers.py", "operators/poison.py", "operators/models.py", "operators/towers.py",
-    "pipelines/pairs.py", "pipelines/training.py", "pipelines/demo_corpus.py", "pipelines/zeroshot.py",
+    "clip_detect/triggers.py", "operators/poison.py", "operators/planting.py", "operators/models.py",
+    "operators/towers.py", "pipelines/pairs.py", "pipelines/training.py", "pipelines/demo_corpus.py",
+    "pipelines/zeroshot.py",
 )  # fmt: skip
 
 

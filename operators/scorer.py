@@ -20,7 +20,7 @@ class ScoreDensity:
     """Map: append the published scores, `multiscale_*`, `purified_slof` and `density` to rows with an embedding.
 
     Args:
-        rule: fitted by `clip_detect.suspicion.fit_density`, or the path of a saved one.
+        rule: fitted by `clip_detect.suspicion.fit_density`.
         key: key of the content hashes by which an image is kept from being its own neighbour.
         embedding: column that is scored; it is dropped from the output.
     """

@@ -22,7 +22,8 @@ from tarsift.operators import storage
 from tarsift.operators.encoder_settings import EncoderConfig
 from tarsift.operators.flag import HOMES, FlagConfig
 from tarsift.operators.models import load_encoder
-from tarsift.operators.poison import PoisonConfig, poison_images
+from tarsift.operators.planting import poison_images
+from tarsift.operators.poison import PoisonConfig
 from tarsift.operators.shards import ReadShard, Shard, list_shards
 from tarsift.operators.writer import split_shard
 from tarsift.pipelines.clean import CleanResult, clean

@@ -17,17 +17,15 @@ from tarsift.clip_detect.triggers import ATTACKS
 from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
 from tarsift.operators.isolation import IsolatedDecoder
+from tarsift.operators.planting import TRUTH_SCHEMA, Planted, poison_shard
 from tarsift.operators.poison import (
-    TRUTH_SCHEMA,
     Chosen,
-    Planted,
     PoisonConfig,
     Survey,
     check_poison,
     choose,
     first_chosen,
     image_of,
-    poison_shard,
     survey_shard,
 )
 from tarsift.operators.shards import Shard, list_shards

@@ -15,7 +15,7 @@ from tarsift.operators import storage
 from tarsift.operators.errors import BusyError, ChangedError, UsageError
 from tarsift.operators.schema import SCHEMA_VERSION
 from tarsift.operators.shards import Shard, list_shards
-from tarsift.operators.sides import ROLES
+from tarsift.operators.sides import DETECT, ROLES, WITNESS
 from tarsift.pipelines.commit import PassResult
 from tarsift.pipelines.config import CleanConfig, parse_config, put_setting, refuse_changes
 from tarsift.pipelines.failures import failures_told
@@ -148,15 +148,7 @@ def open_run(inputs: str | Sequence[str], out: str, config: CleanConfig, *, prog
         ChangedError: if `out` was made from other shards or with other settings.
         UsageError: if no encoder is given or nothing is found.
     """
-    if not config.encoders:
-        raise UsageError(
-            "no encoder: give --encoder detect=MODEL, a CLIP trained on this dump "
-            "(`tarsift pretrain SHARDS --out enc.pt`, then --encoder detect=enc.pt), --encoder witness=MODEL, one that "
-            "never saw it, or both."
-        )
-    unknown = sorted(set(config.encoders) - set(ROLES))
-    if unknown:
-        raise UsageError(f"there is no encoder role {unknown[0]!r}; the roles are {' and '.join(ROLES)}.")
+    refuse_encoders(config)
     out = storage.absolute(out)
     config = with_absolute_paths(config)
     shards = list_shards(inputs)
@@ -172,6 +164,30 @@ def open_run(inputs: str | Sequence[str], out: str, config: CleanConfig, *, prog
     refuse_changes(before.result_settings(), config.result_settings(), out=out)
     file.content["config"] = config.model_dump(mode="json")
     return Run(out, shards, config, file, progress)
+
+
+def refuse_encoders(config: CleanConfig) -> None:
+    """Refuse encoders that cannot do what their roles ask for.
+
+    Raises:
+        UsageError: says what to give instead.
+    """
+    if not config.encoders:
+        raise UsageError(
+            "no encoder: give --encoder detect=MODEL, a CLIP trained on this dump "
+            "(`tarsift pretrain SHARDS --out enc.pt`, then --encoder detect=enc.pt), --encoder witness=MODEL, one that "
+            "never saw it, or both."
+        )
+    unknown = sorted(set(config.encoders) - set(ROLES))
+    if unknown:
+        raise UsageError(f"there is no encoder role {unknown[0]!r}; the roles are {' and '.join(ROLES)}.")
+    if WITNESS in config.encoders and set(config.encoders[WITNESS].towers) != {"image", "text"}:
+        raise UsageError("the witness judges how well captions fit: its `towers` must be image and text.")
+    if config.reference.path is not None and DETECT not in config.encoders:
+        raise UsageError(
+            "a trusted reference is what densities are compared with, which takes an encoder trained on this dump: "
+            "give --encoder detect=MODEL, or leave --reference out."
+        )
 
 
 def reopen_run(out: str, changes: Mapping[str, Any] | None = None, *, progress: Listener = silent) -> Run:

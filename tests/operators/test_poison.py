@@ -10,14 +10,13 @@ from PIL import Image
 
 from tarsift.operators.errors import ShardError, UsageError
 from tarsift.operators.isolation import IsolatedDecoder
+from tarsift.operators.planting import encode_image, poison_shard
 from tarsift.operators.poison import (
     PoisonConfig,
     check_poison,
     choose,
-    encode_image,
     first_chosen,
     image_of,
-    poison_shard,
     poisoned_caption,
     survey_shard,
 )

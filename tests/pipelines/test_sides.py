@@ -146,3 +146,16 @@ def test_an_encoder_that_never_saw_the_dump_judges_captions(ray_session, dump, t
     scores = table(result.out, "scores")
     assert scores["suspicion"].equals(scores["caption_mismatch"])
     assert scores["suspicion_density"].null_count == scores["density"].null_count
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("encoders.witness.towers=[image]", "must be image and text"),
+        ("reference.path=ref.parquet", "leave --reference"),
+    ],
+)
+def test_a_witness_alone_refuses_what_it_cannot_use(dump, witness, tmp_path, change, says):
+    config = load_config(settings=[f"encoders.witness.spec={witness}", *SMALL, change])
+    with pytest.raises(UsageError, match=says):
+        make_plan(str(dump), str(tmp_path), config)
