@@ -4,18 +4,21 @@ A float32 matrix product proposes candidates quickly, but where two embeddings n
 loses most digits of their distance and with them their order. So the distances of the candidates
 are computed again as differences, always by the same function on the CPU, and the order comes from
 these. A backend only proposes; the result is the same, bit for bit, whichever one did, however
-the queries are split or ordered, and whatever the number of threads (on one kind of processor).
+the queries are split or ordered, and whatever the number of threads. (On one kind of processor, and as long as faiss
+is installed or is not: it has the faster function.)
 
-Memory on top of inputs and result: `CHUNK_BYTES` of candidate distances and three times
-`SCRATCH_BYTES`, whatever the number of queries.
+Memory on top of inputs and result: `CHUNK_BYTES` of candidate distances and, without faiss, `SCRATCH_BYTES` of copied
+rows, whatever the number of queries.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +30,7 @@ BACKENDS = ("torch", "faiss", "faiss-gpu")
 
 _UNIT = 2.0**-24  # u, the unit roundoff of float32
 _NO_ROW = np.uint64(2**64 - 1)
+_CORE_TYPE = "OPENBLAS_CORETYPE"
 
 # chunk of queries -> (squared distances, ascending up to rounding; reference rows)
 Propose = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -96,7 +100,7 @@ def knn(
     again = 0
     with _settings(threads):
         propose = _proposer(choose_backend(backend, device), rows, width, device)
-        exact = _Exact(torch.from_numpy(rows), float(lengths.max(initial=0.0)), others, k)
+        exact = _Exact(rows, float(lengths.max(initial=0.0)), others, k)
         for start in range(0, n, step):
             chunk = np.require(queries[start : start + step], np.float32, ["C", "W"])
             length = _lengths(chunk, "queries", start)
@@ -152,13 +156,13 @@ def _propose_torch(reference: np.ndarray, width: int, device: str) -> Propose:
 class _Exact:
     """Turns candidates into proven neighbours of one reference."""
 
-    def __init__(self, rows: torch.Tensor, longest: float, ids: np.ndarray | None, k: int) -> None:
+    def __init__(self, rows: np.ndarray, longest: float, ids: np.ndarray | None, k: int) -> None:
         self.rows, self.longest, self.ids, self.k = rows, longest, ids, k
+        self.faiss: Any = _import_faiss("faiss") if _faiss_importable() else None
         dimension = rows.shape[1]
         # gamma: any sum of d products in float32 is off by at most gamma times the sum of their
         # magnitudes, in whatever order they are added (Higham, Accuracy and Stability, 3.1).
         self.gamma = (dimension + 8) * _UNIT / (1 - (dimension + 8) * _UNIT)
-        self.scratch = torch.empty(max(SCRATCH_BYTES // 4, dimension), dtype=torch.float32)
 
     def search(
         self,
@@ -180,12 +184,7 @@ class _Exact:
         error = self.gamma * (lengths + self.longest) ** 2 + 1e-36
         reach = kth + 2 * error + 3 * self.gamma * (np.maximum(kth, 0) + error)
         proven = (approximate[:, -1] > reach) | (approximate.shape[1] == len(self.rows))
-        needed = (approximate <= reach[:, None]).sum(axis=1)  # candidates are ascending: a prefix of them
-        block = 32  # one row in doubt widens only its own block
-        for start in range(0, len(queries), block):
-            part = slice(start, start + block)
-            first = candidates[part, : max(self.k, int(needed[part].max()))]
-            distances[part], indices[part] = self._nearest(queries[part], first, None if ids is None else ids[part])
+        distances[:], indices[:] = self._nearest(queries, candidates, ids)
         everything = np.arange(len(self.rows))[None]
         doubtful = np.flatnonzero(~proven)
         for i in doubtful:
@@ -195,7 +194,7 @@ class _Exact:
 
     def _nearest(self, queries: np.ndarray, candidates: np.ndarray, ids: np.ndarray | None) -> tuple:
         """Rank candidates by (recomputed distance, row) and keep the first k."""
-        distance = np.sqrt(self._squared(queries, candidates))
+        distance = self._distances(queries, candidates)
         # The bits of non-negative floats are ordered like the floats: one integer carries distance and row.
         packed = distance.view(np.uint32).astype(np.uint64) << np.uint64(32) | candidates.astype(np.uint64)
         if ids is not None and self.ids is not None:
@@ -204,25 +203,31 @@ class _Exact:
         packed = packed[:, : self.k]
         return (packed >> np.uint64(32)).astype(np.uint32).view(np.float32), packed & np.uint64(2**32 - 1)
 
-    def _squared(self, queries: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-        """Squared distances as sums of squared differences; each pair's bits depend on that pair alone."""
-        count, width = candidates.shape
-        dimension = self.rows.shape[1]
-        pairs = len(self.scratch) // dimension
-        wide = min(width, pairs)
-        tall = max(1, pairs // wide)
-        q, index = torch.from_numpy(queries), torch.from_numpy(candidates)
-        out = torch.empty((count, width), dtype=torch.float32)
-        for top in range(0, count, tall):
-            for left in range(0, width, wide):
-                block = index[top : top + tall, left : left + wide]
-                flat = self.scratch[: block.numel() * dimension].view(-1, dimension)
-                torch.index_select(self.rows, 0, block.reshape(-1), out=flat)
-                difference = flat.view(*block.shape, dimension)
-                difference -= q[top : top + tall, None]
-                difference *= difference
-                torch.sum(difference, dim=-1, out=out[top : top + tall, left : left + wide])
-        return out.numpy()
+    def _distances(self, queries: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        """Distances as lengths of differences; each pair's bits depend on that pair alone."""
+        if self.faiss is not None:
+            out = np.empty(candidates.shape, np.float32)
+            chosen = np.require(candidates, np.int64, ["C"])
+            pointers = [self.faiss.swig_ptr(array) for array in (out, queries, self.rows, chosen)]
+            self.faiss.fvec_L2sqr_by_idx(*pointers, self.rows.shape[1], *candidates.shape)
+            return np.sqrt(out)
+        return _distances_by_torch(queries, self.rows, candidates)
+
+
+def _distances_by_torch(queries: np.ndarray, rows: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """Do what faiss does, several times slower: it has to copy the rows."""
+    (count, width), dimension = candidates.shape, rows.shape[1]
+    q, r, index = (torch.from_numpy(array) for array in (queries, rows, candidates))
+    wide = min(width, max(1, SCRATCH_BYTES // (4 * dimension)))
+    tall = max(1, SCRATCH_BYTES // (4 * dimension * wide))
+    out = torch.empty((count, width), dtype=torch.float32)
+    for top in range(0, count, tall):
+        for left in range(0, width, wide):
+            block = slice(top, top + tall), slice(left, left + wide)
+            difference = r[index[block]]
+            difference -= q[top : top + tall, None]
+            torch.linalg.vector_norm(difference, dim=-1, out=out[block])
+    return out.numpy()
 
 
 @contextlib.contextmanager
@@ -303,7 +308,8 @@ def _lengths(x: Float32[np.ndarray, "n d"], name: str, first: int) -> np.ndarray
 def _import_faiss(backend: str):
     extra = "gpu" if backend == "faiss-gpu" else "cpu"
     try:
-        import faiss
+        with _openblas_for_this_processor():
+            import faiss
     except ImportError as error:
         raise ImportError(f"the kNN backend {backend!r} needs faiss: pip install 'tarsift[{extra}]'") from error
     if backend == "faiss-gpu" and not hasattr(faiss, "StandardGpuResources"):
@@ -316,10 +322,28 @@ def _import_faiss(backend: str):
 @functools.cache
 def _faiss_importable() -> bool:
     try:
-        import faiss  # noqa: F401
+        _import_faiss("faiss")
     except ImportError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def _openblas_for_this_processor() -> Iterator[None]:
+    """Name the kernels for the OpenBLAS that is loaded inside, where the user has not.
+
+    The OpenBLAS in wheels of faiss (0.3.15) takes a processor newer than itself for one of 2004, and faiss is four
+    times slower. Later ones ask what it can do, as is done here: https://github.com/OpenMathLib/OpenBLAS/pull/3485
+    """
+    kernels = {"AVX512": "SkylakeX", "AVX2": "Haswell"}.get(torch.backends.cpu.get_cpu_capability())
+    if kernels is None or _CORE_TYPE in os.environ:
+        yield
+        return
+    os.environ[_CORE_TYPE] = kernels
+    try:
+        yield
+    finally:
+        del os.environ[_CORE_TYPE]
 
 
 @functools.cache

@@ -1,4 +1,7 @@
+import contextlib
 import inspect
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -27,6 +30,18 @@ def oracle(queries, reference, k, *, excluded=None):
     return np.take_along_axis(distance, rows, axis=1), rows
 
 
+@contextlib.contextmanager
+def without_faiss():
+    """As where it is not installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "faiss", None)
+        neighbors._faiss_importable.cache_clear()
+        try:
+            yield
+        finally:
+            neighbors._faiss_importable.cache_clear()
+
+
 def same(a, b):
     return a.distances.tobytes() == b.distances.tobytes() and a.indices.tobytes() == b.indices.tobytes()
 
@@ -39,10 +54,11 @@ def test_points_on_a_line(backend):
     np.testing.assert_allclose(found.distances, [[0.1, 0.9, 2.1], [1, 5, 7]], rtol=1e-6)
 
 
+SIZES = [(37, 50, 8, 5), (300, 700, 64, 16), (65, 257, 100, 200), (3, 9, 1, 8)]
+
+
 @every_backend
-@pytest.mark.parametrize(
-    ("n", "size", "d", "k"), [(37, 50, 8, 5), (300, 700, 64, 16), (65, 257, 100, 200), (3, 9, 1, 8)]
-)
+@pytest.mark.parametrize(("n", "size", "d", "k"), SIZES)
 def test_equals_brute_force(backend, n, size, d, k):
     rng = np.random.default_rng(d)
     queries, reference = (rng.normal(size=(m, d)).astype(np.float32) for m in (n, size))
@@ -53,6 +69,7 @@ def test_equals_brute_force(backend, n, size, d, k):
     assert (found.indices == rows).mean() > 0.999  # float32 may swap two rows at nearly equal distance
 
 
+@pytest.mark.parametrize("installed", [True, False], ids=["with faiss", "without"])
 @settings(max_examples=40, deadline=None)
 @given(
     n=st.integers(1, 40),
@@ -62,21 +79,23 @@ def test_equals_brute_force(backend, n, size, d, k):
     seed=st.integers(0, 2**32 - 1),
     data=st.data(),
 )
-def test_bits_depend_on_the_pair_alone(n, size, d, spread, seed, data):
+def test_bits_depend_on_the_pair_alone(installed, n, size, d, spread, seed, data):
     rng = np.random.default_rng(seed)
     k = data.draw(st.integers(1, size - 2))
     reference = (rng.normal(size=(1, d)) + spread * rng.normal(size=(size, d))).astype(np.float32)
     queries = np.where(rng.random((n, 1)) < 0.3, reference[rng.integers(0, size, n)], rng.normal(size=(n, d)))
     queries = queries.astype(np.float32)
-    whole = knn(queries, reference, k, backend="torch")
-    cut, order = data.draw(st.integers(0, n)), rng.permutation(n)
-    parts = [knn(part, reference, k, backend="torch") for part in (queries[:cut], queries[cut:])]
-    assert np.concatenate([part.distances for part in parts]).tobytes() == whole.distances.tobytes()
-    assert np.concatenate([part.indices for part in parts]).tobytes() == whole.indices.tobytes()
-    shuffled = knn(queries[order], reference, k, backend="torch")
-    assert (shuffled.distances == whole.distances[order]).all()
-    assert (shuffled.indices == whole.indices[order]).all()
-    assert same(whole, knn(queries, reference, k, backend="faiss"))
+    with contextlib.nullcontext() if installed else without_faiss():
+        whole = knn(queries, reference, k, backend="torch")
+        cut, order = data.draw(st.integers(0, n)), rng.permutation(n)
+        parts = [knn(part, reference, k, backend="torch") for part in (queries[:cut], queries[cut:])]
+        assert np.concatenate([part.distances for part in parts]).tobytes() == whole.distances.tobytes()
+        assert np.concatenate([part.indices for part in parts]).tobytes() == whole.indices.tobytes()
+        shuffled = knn(queries[order], reference, k, backend="torch")
+        assert (shuffled.distances == whole.distances[order]).all()
+        assert (shuffled.indices == whole.indices[order]).all()
+        if installed:
+            assert same(whole, knn(queries, reference, k, backend="faiss"))
 
 
 @every_backend
@@ -192,17 +211,34 @@ def test_errors_teach(change, message):
         inspect.unwrap(knn)(**arguments)  # its own checks, also where annotations are checked before
 
 
-def test_without_faiss(monkeypatch):
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    neighbors._faiss_importable.cache_clear()
+def test_without_faiss():
     x = np.eye(4, dtype=np.float32)
-    try:
+    with without_faiss():
         assert choose_backend() == "torch"
         assert knn(x, x, 2).indices[0, 0] == 0
         with pytest.raises(ImportError, match=r"pip install 'tarsift\[cpu\]'"):
             knn(x, x, 2, backend="faiss")
-    finally:
-        neighbors._faiss_importable.cache_clear()
+        for n, size, d, k in SIZES:
+            test_equals_brute_force("torch", n, size, d, k)
+
+
+@pytest.mark.parametrize("asked", [None, "Nehalem"])
+def test_openblas_is_told_what_the_processor_can_do(monkeypatch, asked):
+    """In a process of its own: OpenBLAS looks once, when it is loaded."""
+    code = (
+        "import os, sys\n"
+        "from tarsift.clip_detect import neighbors\n"
+        "neighbors.choose_backend()\n"
+        "print('faiss' in sys.modules, os.environ.get('OPENBLAS_CORETYPE'))\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}
+    environment |= {"OPENBLAS_VERBOSE": "2", **({"OPENBLAS_CORETYPE": asked} if asked else {})}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    *_, last = done.stdout.splitlines()
+    assert last == f"True {asked}"  # what was set for the import alone is gone
+    chosen = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("Core: ")]
+    if asked is None and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and chosen:
+        assert "Core: Prescott" not in chosen
 
 
 def test_unit_norm_is_defined_for_zeros_and_alone_per_row():
