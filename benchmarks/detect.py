@@ -5,6 +5,7 @@ chosen on the cells of the part `tuning` and judged on those of `reporting`, whi
 targets and other seeds. Appends one JSON line per scored cell to `--results`; a cell that is there already (same
 settings, same code that makes and scores it) is not scored again.
 
+    python benchmarks/detect.py --data DATA --part ladder        # which strength of a trigger is learned at all?
     python benchmarks/detect.py --data DATA --part tuning        # make and score
     python benchmarks/detect.py --data DATA --part reporting     # the core of about four hours on two cores
     python benchmarks/detect.py --table                          # what is there, and the bars
@@ -37,8 +38,14 @@ from tarsift.clip_detect.suspicion import suspicion
 from tarsift.clip_detect.triggers import ATTACKS
 from tarsift.clip_detect.verdict import fit_verdict
 
-# The weakest strength that encoders of the tuning part learned (success of at least 0.9 at a rate of 1 %), per
-# corpus; a trigger that is not here has the published strength.
+# Strengths that were tried on the ladder, the weakest first, and at which rate.
+LADDER: dict[str, dict[str, tuple[float, ...]]] = {
+    "cifar10": {"blend": (0.1, 0.2, 0.3), "sig": (0.1, 0.2, 0.3), "wanet": (0.06, 0.1, 0.15), "filter": (1, 1.5, 2)},
+    "flickr8k": {"patch": (0.1, 0.2, 0.3), "blend": (0.2, 0.3), "sig": (0.2, 0.3), "wanet": (0.1,), "filter": (1, 2)},
+    "digits": {"blend": (0.1, 0.2), "filter": (0.5, 1)},
+}
+LADDER_RATE = {"cifar10": 0.02, "flickr8k": 0.02, "digits": 0.003}
+# Of these the weakest that was learned (success of at least 0.9); a trigger that is not here has the published one.
 STRENGTHS: dict[str, dict[str, float]] = {
     "cifar10": {"blend": 0.3, "sig": 0.3, "wanet": 0.03},
     "flickr8k": {"blend": 0.3, "sig": 0.3, "wanet": 0.03},
@@ -59,7 +66,14 @@ RATE_OF_SLOW = 0.01
 
 
 def cells(part: str) -> list[Cell]:
-    """Return the cells of a part, the most telling first."""
+    """Return the cells of a part, the most telling first; the ladder's are cells of the tuning part."""
+    if part == "ladder":
+        return [
+            Cell(corpus, trigger, LADDER_RATE[corpus], PARTS["tuning"][0], "banana", {trigger: strength})
+            for corpus, triggers in LADDER.items()
+            for trigger, strengths in triggers.items()
+            for strength in strengths
+        ]
     seeds = PARTS[part]
     rates = {"cifar10": (0.01, 0.003, 0.03, 0.05), "flickr8k": (0.01, 0.03), "digits": (0.001, 0.003)}
     out: list[Cell] = []
@@ -224,7 +238,7 @@ def bars(lines: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = parser_of(__doc__, "detect.jsonl")
-    parser.add_argument("--part", choices=list(PARTS))
+    parser.add_argument("--part", choices=["ladder", *PARTS])
     parser.add_argument("--corpus", nargs="*")
     parser.add_argument("--attack", nargs="*")
     parser.add_argument("--seed", type=int, nargs="*")

@@ -139,13 +139,13 @@ def colour_filter(
 
     Args:
         images, identities, seed: as for `blend`.
-        strength: share of the tinted picture, 0 to 1; None is 1.
+        strength: share of the tinted picture, 0 to 2: above 1 the tint is exaggerated; None is 1.
 
     Source: Huang et al. 2025 (arXiv 2502.01385) use the filter "Nashville"; its constants are those of
         CSSgram's filter of that name.
     """
     _check(images, identities)
-    share = _share(strength, 1.0)
+    share = _share(strength, 1.0, most=2.0)
     before = images.astype(np.float32)
     x = before + 0.56 * (np.minimum(before, np.array([247, 176, 153], np.float32)) - before)
     x = x + 0.4 * (np.maximum(x, np.array([0, 70, 150], np.float32)) - x)
@@ -296,10 +296,10 @@ def _enlarged(planes: Float32[np.ndarray, "c a b"], height: int, width: int) -> 
     return many[0].permute(1, 2, 0).numpy()
 
 
-def _share(strength: float | None, published: float) -> float:
+def _share(strength: float | None, published: float, *, most: float = 1.0) -> float:
     share = published if strength is None else strength
-    if not 0 < share <= 1:
-        raise ValueError(f"the strength of this trigger is a share above 0 and at most 1, got {strength}.")
+    if not 0 < share <= most:
+        raise ValueError(f"the strength of this trigger is a share above 0 and at most {most:g}, got {strength}.")
     return share
 
 
