@@ -58,7 +58,8 @@ IN_VOCABULARY = {"cifar10": "truck", "flickr8k": "dog", "digits": "three"}
 PARTS = {"tuning": (0, 5), "reporting": (1, 2, 3)}
 SHOWN = (
     "suspicion", "suspicion_image", "multiscale_slof", "dao_k16", "dao_as_published", "slof_as_published",
-    "caption_mismatch", "both_sides", "isolation_forest", "abl", "clip_similarity", "cognitive_distillation",
+    "neighbor_disagreement", "caption_mismatch", "both_sides", "isolation_forest", "abl", "clip_similarity",
+    "cognitive_distillation",
 )  # fmt: skip
 QUALIFIES, LEARNED, FEWEST = 0.9, 0.5, 20
 SLOW = ("cognitive_distillation", "dao_captions_as_published", "slof_captions_as_published")  # on some cells only
@@ -105,14 +106,15 @@ def cell(corpus: str, attack: str | None, rate: float, seed: int, target: str) -
 def score(made: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return every score of a made cell, higher = more suspicious, (n,) each."""
     images, texts, ids = made["images"].astype(np.float32), made["texts"].astype(np.float32), made["ids"]
-    columns = suspicion(images, ids, texts, key=KEY)
     witness = [made[f"witness_{tower}"].astype(np.float32) for tower in ("images", "texts")]
+    columns = suspicion(images, ids, texts, witness[0], key=KEY)
     hashes = keyed_hash(ids.view(np.uint8).reshape(len(ids), 8), KEY, "reference")
     _, first = np.unique(ids, return_index=True)
     rule = fit_mismatch(witness[0][first], witness[1][first], ids[first], hashes[first])
     captions = rule.score(witness[0], witness[1], ids)
-    verdict = fit_verdict(columns["suspicion"][first], captions["caption_mismatch"][first])
-    columns |= captions | {"both_sides": verdict.score(columns["suspicion"], captions["caption_mismatch"])}
+    parts = [columns["suspicion"], captions["caption_mismatch"], columns["neighbor_disagreement"]]
+    verdict = fit_verdict(*(part[first] for part in parts))
+    columns |= captions | {"both_sides": verdict.score(*parts)}
     names = [name for name in BASELINES if name not in SLOW]
     return columns | baseline_scores(Evidence(images, texts, made["losses"]), names)
 

@@ -127,13 +127,15 @@ def shards_in(folder: Path) -> list[Path]:
 def attack_success(encoder: Path, held_out: list[Path], classes: Sequence[str]) -> dict[str, float]:
     """Share of held-out pictures taken for the target with and without the patch.
 
-    Among the names of the classes, or, where there are none, among the captions of all held-out pictures.
+    Among the names of the classes, or, where there are none, among the captions of all held-out pictures; the target
+    is what the poison's captions say, on the average.
     """
     import numpy as np
     from PIL import Image
 
     from tarsift.clip_detect.triggers import patch
     from tarsift.operators.models import load_encoder
+    from tarsift.operators.poison import imagenet_templates
     from tarsift.operators.shards import ReadShard, list_shards
     from tarsift.pipelines.zeroshot import attack_success as success
 
@@ -147,7 +149,7 @@ def attack_success(encoder: Path, held_out: list[Path], classes: Sequence[str]) 
         pictures,
         lambda x: patch(x, names, seed=1),
         class_prompts=[[prompt] for prompt in prompts],
-        target_prompts=["a photo of a banana"],
+        target_prompts=[template.format("banana") for template in imagenet_templates()],
     )
     return {"triggered": found.triggered, "untriggered": found.untriggered, "choices": len(prompts) + 1}
 

@@ -13,6 +13,8 @@ averages the result over each image's neighbours among the suspects.
    there; suspicion_image F = max(z(S), max_m z(s_m)).
 5. Where captions are embedded too, c is the caption excess (see `agreement`), and suspicion = F (1 + max(0, c))
    for F > 0; elsewhere suspicion = F.
+6. Where a second encoder, the witness, has embedded the images too, neighbor_disagreement says whether the nearest in
+   the enriched reference are less alike to it than they should be (see `disagreement`). `verdict` adds it.
 
 z is (v - median) / (1.4826 MAD), always with the median and MAD of a random *candidate sample* of the
 dump, which also provides A and the purified references. `fit_density` (steps 1 to 3, in `density`) and
@@ -35,7 +37,8 @@ from jaxtyping import Float, Float32, Float64, Int64, UInt64
 
 from tarsift.clip_detect.agreement import CaptionExcess
 from tarsift.clip_detect.density import DensityRule, SuspicionConfig, below, check_rule, fit_density
-from tarsift.clip_detect.neighbors import knn, unit_norm
+from tarsift.clip_detect.disagreement import Disagreement
+from tarsift.clip_detect.neighbors import Neighbors, knn, unit_norm
 from tarsift.clip_detect.sampling import keyed_hash, resalt, smallest
 from tarsift.clip_detect.threshold import median_mad, robust_z
 
@@ -55,18 +58,22 @@ _ROWS = 4096  # scored at a time
 
 
 class ScoredRows(NamedTuple):
-    """Images with their density, for the second fit; `captions` are embeddings too, zeros where there is none."""
+    """Images with their density, for the second fit.
+
+    `captions` are embeddings too, as are those of the images by the `witness`; zeros where there is none.
+    """
 
     embeddings: Float[np.ndarray, "n d"]
     ids: UInt64[np.ndarray, " n"]
     hashes: UInt64[np.ndarray, " n"]
     density: Float32[np.ndarray, " n"]
     captions: Float[np.ndarray, "n d"] | None = None
+    witness: Float[np.ndarray, "n w"] | None = None
 
 
 @dataclass(frozen=True)
 class SmoothingRule:
-    """Steps 4 and 5, fitted: the enriched reference, and the medians and MADs (last axis) of the candidate sample."""
+    """Steps 4 to 6, fitted: the enriched reference, and the medians and MADs (last axis) of the candidate sample."""
 
     embeddings: Float32[np.ndarray, "E d"]  # unit norm
     ids: UInt64[np.ndarray, " E"]
@@ -76,6 +83,7 @@ class SmoothingRule:
     smooth_scale: Float64[np.ndarray, "m 2"]
     excess: CaptionExcess | None = None
     suspect_neighbors: int = 8
+    disagreement: Disagreement | None = None
 
     def score(
         self,
@@ -83,24 +91,28 @@ class SmoothingRule:
         ids: UInt64[np.ndarray, " n"],
         density: Float32[np.ndarray, " n"],
         captions: Float[np.ndarray, "n d"] | None = None,
+        witness: Float[np.ndarray, "n w"] | None = None,
         *,
         backend: str = "auto",
         threads: int = 1,
         device: str | None = None,
     ) -> dict[str, Float32[np.ndarray, " n"]]:
-        """Score images: `suspicion_image`, with captions `caption_excess`, and `suspicion`.
+        """Score images: `suspicion_image`, `caption_excess` with captions, `neighbor_disagreement` with a witness,
+        and `suspicion`.
 
-        density: as `DensityRule.score` gave it for the same rows. captions: embeddings, zeros for a missing one;
-        needed if, and only if, the rule was fitted with them.
+        density: as `DensityRule.score` gave it for the same rows. captions, witness: embeddings, zeros for a missing
+        one; each needed if, and only if, the rule was fitted with it.
         """
-        if (captions is None) != (self.excess is None):
-            raise ValueError("captions are needed where the rule was fitted with them, and only there.")
+        for name, given, fitted in (("captions", captions, self.excess), ("witness", witness, self.disagreement)):
+            if (given is None) != (fitted is None):
+                raise ValueError(f"`{name}` is needed where the rule was fitted with it, and only there.")
         search = {"backend": backend, "threads": threads, "device": device}
         parts = []
         for start in range(0, max(1, len(embeddings)), _ROWS):
             part = slice(start, start + _ROWS)
             x, own = unit_norm(embeddings[part]), ids[part].astype(np.uint64)
-            near = self._near(x, own, search)
+            found = self._near(x, own, search)
+            near = found.indices
             smooth = self._smooth(density[part], near)
             own_z = robust_z(density[part], self.density_scale[0], self.density_scale[1])
             around = robust_z(smooth, self.smooth_scale[:, 0], self.smooth_scale[:, 1]).max(axis=1)
@@ -114,12 +126,13 @@ class SmoothingRule:
                 )
                 columns["caption_excess"] = excess
                 columns["suspicion"] = image + np.maximum(image, 0) * np.maximum(excess, 0)
+            if self.disagreement is not None and witness is not None:
+                columns["neighbor_disagreement"] = self.disagreement.score(unit_norm(witness[part]), found)
             parts.append(columns)
         return {name: np.concatenate([part[name] for part in parts]).astype(np.float32) for name in parts[0]}
 
-    def _near(self, x: np.ndarray, ids: np.ndarray, search: Mapping[str, Any]) -> Int64[np.ndarray, "n m"]:
-        count = self.neighbors[-1]
-        return knn(x, self.embeddings, count, query_ids=ids, reference_ids=self.ids, **search).indices
+    def _near(self, x: np.ndarray, ids: np.ndarray, search: Mapping[str, Any]) -> Neighbors:
+        return knn(x, self.embeddings, self.neighbors[-1], query_ids=ids, reference_ids=self.ids, **search)
 
     def _smooth(self, density: np.ndarray, near: Int64[np.ndarray, "n m"]) -> Float64[np.ndarray, "n k"]:
         """Mean density of each image and its m nearest in the enriched reference, for every m of `neighbors`."""
@@ -132,17 +145,21 @@ class SmoothingRule:
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         if self.excess is not None:
             arrays |= {f"excess.{name}": array for name, array in self.excess.to_arrays().items()}
+        if self.disagreement is not None:
+            arrays |= {f"disagreement.{name}": array for name, array in self.disagreement.to_arrays().items()}
         settings = {"neighbors": [*self.neighbors], "suspect_neighbors": self.suspect_neighbors}
-        return arrays, {"rule": "smoothing-2", **settings, "captions": self.excess is not None}
+        fitted = {"captions": self.excess is not None, "witness": self.disagreement is not None}
+        return arrays, {"rule": "smoothing-3", **settings, **fitted}
 
     @classmethod
     def from_state(cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> SmoothingRule:
         """Rebuild a rule from `state`, bit for bit."""
-        check_rule(settings, "smoothing-2")
+        check_rule(settings, "smoothing-3")
         return cls(
             neighbors=tuple(settings["neighbors"]),
             suspect_neighbors=settings["suspect_neighbors"],
             excess=CaptionExcess.from_arrays(below("excess.", arrays)) if settings["captions"] else None,
+            disagreement=Disagreement.from_arrays(below("disagreement.", arrays)) if settings["witness"] else None,
             **{name: np.asarray(arrays[name]) for name in _ARRAYS},
         )
 
@@ -174,11 +191,11 @@ def fit_smoothing(
     threads: int = 1,
     device: str | None = None,
 ) -> SmoothingRule:
-    """Fit steps 4 and 5.
+    """Fit steps 4 to 6.
 
     pool: suspects; rest: others (see `draw_pool`), of which as many are used as there are suspects; candidates: the
-    sample the density was fitted on. Step 5 is fitted where all three have captions. The order of rows is of no
-    importance.
+    sample the density was fitted on. Step 5 is fitted where all three have captions, step 6 where they
+    have embeddings by a witness. The order of rows is of no importance.
 
     Raises:
         ValueError: pool or rest has too few rows to average over.
@@ -205,12 +222,17 @@ def fit_smoothing(
     )
     search = {"backend": backend, "threads": threads, "device": device}
     near = unscaled._near(unit_norm(candidates.embeddings), candidates.ids.astype(np.uint64), search)
-    smooth = unscaled._smooth(candidates.density, near)
+    smooth = unscaled._smooth(candidates.density, near.indices)
     excess = None
     if pool.captions is not None and rest.captions is not None:
         suspects = unit_norm(np.concatenate([pool.captions[in_pool], rest.captions[in_rest]]))
         excess = _fit_excess(suspects, candidates, config)
-    return replace(unscaled, smooth_scale=median_mad(smooth), excess=excess)
+    disagreement = None
+    if pool.witness is not None and rest.witness is not None and candidates.witness is not None:
+        seen = unit_norm(np.concatenate([pool.witness[in_pool], rest.witness[in_rest]]))
+        among = unscaled._near(unscaled.embeddings, unscaled.ids, search)
+        disagreement = Disagreement.fit(seen, among, unit_norm(candidates.witness), near)
+    return replace(unscaled, smooth_scale=median_mad(smooth), excess=excess, disagreement=disagreement)
 
 
 def _fit_excess(
@@ -243,6 +265,7 @@ def suspicion(
     embeddings: Float[np.ndarray, "n d"],
     ids: UInt64[np.ndarray, " n"] | None = None,
     captions: Float[np.ndarray, "n d"] | None = None,
+    witness: Float[np.ndarray, "n w"] | None = None,
     *,
     config: SuspicionConfig | None = None,
     key: bytes = b"",
@@ -256,7 +279,8 @@ def suspicion(
     embeddings: as an encoder *trained on this dump* gives them; one that was not has not learned the trigger.
     ids: 64-bit hashes of the image content; by default rows with equal embeddings are one image. captions: their
     embeddings by the same encoder, zeros for a missing one; of copies of an image the first one's caption stands
-    in the samples. key: draws the samples; the same key and data give the same bits, in any order of rows.
+    in the samples. witness: embeddings of the images by an encoder that never saw the dump. key: draws the samples;
+    the same key and data give the same bits, in any order of rows.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -276,9 +300,9 @@ def suspicion(
     pool, rest = draw_pool(density, hashes, rule)
 
     def take(rows: np.ndarray) -> ScoredRows:
-        said = None if captions is None else captions[rows]
-        return ScoredRows(embeddings[rows], own[rows], hashes[rows], density[rows], said)
+        said, seen = (None if side is None else side[rows] for side in (captions, witness))
+        return ScoredRows(embeddings[rows], own[rows], hashes[rows], density[rows], said, seen)
 
     smoothing = fit_smoothing(take(pool), take(rest), take(chosen), config, **options)
     said = None if smoothing.excess is None else captions
-    return columns | smoothing.score(embeddings, own, density, said, **options)
+    return columns | smoothing.score(embeddings, own, density, said, witness, **options)

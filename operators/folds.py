@@ -6,7 +6,7 @@ A fold is `init() -> state`, `add(state, table) -> state`, `merge(a, b) -> state
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -115,9 +115,12 @@ def salted(hashes: np.ndarray, salt: str) -> np.ndarray:
 class FetchRows:
     """Fold: the rows whose (salted) drawing hash is at most `largest`, once per distinct image, by ascending hash.
 
-    Finishes to a dict: `hashes` (the unsalted ones) and `ids` (n,) uint64, `embeddings` (n, d) float32,
-    `captions` (n, d) float32 (zeros for a missing one) if they are asked for and stored, and, for each of
-    `extra`, a float32 column (n,); an empty dict if there are none.
+    Finishes to a dict: `hashes` (the unsalted ones) and `ids` (n,) uint64, `embeddings` (n, d) float32 and, for
+    each of `extra`, a float32 column (n,); an empty dict if there are none.
+
+    Args:
+        also: further embeddings by the name they get here and that of their column, (n, d) float32 each, zeros for a
+            missing one; left out if the column is not stored.
     """
 
     def __init__(
@@ -129,11 +132,11 @@ class FetchRows:
         side: Side | None = None,
         extra: tuple[str, ...] = (),
         embedding: str = "image_embedding",
-        captions: str | None = None,
+        also: Mapping[str, str] | None = None,
     ):
         self.largest, self.key, self.salt, self.side, self.extra = np.uint64(largest), key, salt, side, extra
-        self.embedding, self.captions = embedding, captions
-        names = ("shard", "row", "image_sha256", "error", embedding, *((captions,) if captions else ()))
+        self.embedding, self.also = embedding, dict(also or {})
+        names = ("shard", "row", "image_sha256", "error", embedding, *self.also.values())
         names = (*names, *extra, *((side.score,) if side else ()))
         self.columns = tuple(dict.fromkeys(names))
 
@@ -155,8 +158,9 @@ class FetchRows:
             "ids": ids[mask],
             "embeddings": matrix(chosen[self.embedding])[0].astype(np.float32),
         }
-        if self.captions in table.column_names:
-            new["captions"] = matrix(chosen[self.captions])[0].astype(np.float32)
+        for name, column in self.also.items():
+            if column in table.column_names:
+                new[name] = matrix(chosen[column])[0].astype(np.float32)
         for name in self.extra:
             new[name] = np.asarray(chosen[name].combine_chunks(), np.float32)
         return self.merge(state, new)

@@ -47,6 +47,9 @@ COLUMNS: dict[str, Column] = {
     "caption_excess": Column(
         pa.float32(), "SmoothScores", "how much more its caption agrees with those of suspect neighbours than of others"
     ),
+    "neighbor_disagreement": Column(
+        pa.float32(), "SmoothScores", "how much less alike it and its neighbours are to the witness than they should be"
+    ),
     "witness_clip_similarity": Column(pa.float32(), "ClipEncoder", "cosine of the witness's embeddings"),
     "caption_distance": Column(pa.float32(), "ScoreMismatch", "1 - cosine of the embeddings by who judges captions"),
     "lemon_image": Column(pa.float32(), "ScoreMismatch", "how far the caption is from those of similar images"),

@@ -50,12 +50,13 @@ class ScoreDensity:
 class SmoothScores:
     """Map: append `suspicion_image` and `suspicion` to rows with an embedding and `density`.
 
-    Where the rule was fitted with captions, it also appends `caption_excess`.
+    Where the rule was fitted with captions, it also appends `caption_excess`; where it was with a witness,
+    `neighbor_disagreement`.
 
     Args:
         rule: fitted by `clip_detect.suspicion.fit_smoothing`.
         key: key of the content hashes.
-        embedding, captions: columns that are scored.
+        embedding, captions, witness: columns that are scored.
     """
 
     def __init__(
@@ -65,27 +66,34 @@ class SmoothScores:
         key: bytes,
         embedding: str = "image_embedding",
         captions: str = "text_embedding",
+        witness: str = "witness_image_embedding",
         backend: str = "auto",
         threads: int = 1,
     ):
-        self.rule, self.key, self.embedding, self.captions = rule, key, embedding, captions
+        self.rule, self.key = rule, key
+        self.embedding, self.captions, self.witness = embedding, captions, witness
         self.search = {"backend": backend, "threads": threads}
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         table = as_table(batch)
         mask = _scored(table, self.embedding)
         chosen = table.filter(pa.array(mask))
-        embeddings = matrix(chosen[self.embedding])[0].astype(np.float32)
+
+        def values(column: str) -> np.ndarray:
+            return matrix(chosen[column])[0].astype(np.float32)
+
         density = np.asarray(chosen["density"].combine_chunks(), np.float32)
-        said = matrix(chosen[self.captions])[0].astype(np.float32) if self.rule.excess else None
-        columns = self.rule.score(embeddings, identities(chosen, self.key), density, said, **self.search)
-        return append(table, {name: spread(values, mask) for name, values in columns.items()})
+        said = values(self.captions) if self.rule.excess else None
+        seen = values(self.witness) if self.rule.disagreement else None
+        ids = identities(chosen, self.key)
+        columns = self.rule.score(values(self.embedding), ids, density, said, seen, **self.search)
+        return append(table, {name: spread(column, mask) for name, column in columns.items()})
 
 
 class ScoreMismatch:
     """Map: append `caption_mismatch` and what it is made of (see `clip_detect.mismatch`).
 
-    Null for a row without an image or a caption.
+    Null for a row without an image or a caption (an embedding of zeros is none).
 
     Args:
         rule: fitted by `clip_detect.mismatch.fit_mismatch`.
@@ -112,13 +120,13 @@ class ScoreMismatch:
         chosen = table.filter(pa.array(mask))
         images, said = (matrix(chosen[name])[0].astype(np.float32) for name in (self.embedding, self.captions))
         columns = self.rule.score(images, said, identities(chosen, self.key), **self.search)
-        kept = np.isfinite(columns["caption_mismatch"])  # an embedding of zeros is no caption
-        mask[mask] = kept
-        return append(table, {name: spread(values[kept], mask) for name, values in columns.items()})
+        return append(table, {name: spread(values, mask) for name, values in columns.items()})
 
 
 class Judge:
     """Map: make `suspicion` of the sides that judge; what `SmoothScores` put there becomes `suspicion_density`.
+
+    Where density judges, so does `neighbor_disagreement` if it is there.
 
     Args:
         verdict: fitted by `clip_detect.verdict.fit_verdict`.
@@ -137,7 +145,9 @@ class Judge:
         chosen = table.filter(pa.array(judged))
         density = _floats(chosen, "suspicion_density") if self.density else None
         captions = _floats(chosen, "caption_mismatch") if self.captions else None
-        return append(table, {"suspicion": spread(self.verdict.score(density, captions), judged)})
+        second = "neighbor_disagreement"
+        disagreement = _floats(chosen, second) if self.density and second in table.column_names else None
+        return append(table, {"suspicion": spread(self.verdict.score(density, captions, disagreement), judged)})
 
 
 class CountCopies:
@@ -168,10 +178,10 @@ def _scored(table: pa.Table, embedding: str) -> np.ndarray:
 
 
 def spread(values: np.ndarray, mask: np.ndarray) -> pa.Array:
-    """Put the values of the masked rows at their rows (n,), null elsewhere; float32."""
-    full = np.zeros(len(mask), np.float32)
+    """Put the values of the masked rows at their rows (n,), null elsewhere and where they are NaN; float32."""
+    full = np.full(len(mask), np.nan, np.float32)
     full[mask] = values
-    return pa.array(full, mask=~mask)
+    return pa.array(full, mask=np.isnan(full))
 
 
 def lookup(ids: np.ndarray, known: np.ndarray, counts: np.ndarray) -> np.ndarray:

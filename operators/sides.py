@@ -35,6 +35,11 @@ class Sides:
     looked_for: tuple[str, ...]
     not_looked_for: tuple[str, ...]
 
+    @property
+    def second_look(self) -> str | None:
+        """Role that says whether images that lie together are alike; None: nobody does."""
+        return self.captions if self.captions != self.density and "density" in self.judges else None
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values, for `run.json`."""
         return asdict(self)

@@ -47,6 +47,10 @@ class ScoreFolders:
     def embeddings(self, role: str) -> str:
         return storage.join(self.out, "embeddings", role)
 
+    def seen_by(self, role: str, *columns: str) -> Stored:
+        """Columns of what another role than `first` has embedded, under names that begin with the role's."""
+        return Stored(self.embeddings(role), ("shard", "row", *columns), f"{role}_")
+
     @property
     def first(self) -> str:
         """The role whose files say which samples there are."""
@@ -116,7 +120,7 @@ def _fit_density(
 
 def _fetch_pairs(names: Sequence[str], folder: str, key: bytes, largest: int) -> dict[str, np.ndarray]:
     """Return images, captions, ids and hashes of the candidate sample, in this order."""
-    rows = run_fold(FetchRows(largest, key=key, captions="text_embedding"), names, [folder])
+    rows = run_fold(FetchRows(largest, key=key, also={"captions": "text_embedding"}), names, [folder])
     if "captions" not in rows:
         raise UsageError(f"{folder} holds no caption embeddings: the encoder's `towers` must have image and text.")
     return {name: rows[name] for name in ("embeddings", "captions", "ids", "hashes")}
@@ -188,11 +192,15 @@ def _fetch_scored(
     names: Sequence[str], folders: ScoreFolders, config: CleanConfig, key: bytes, largest_candidate_hash: int
 ) -> tuple[ScoredRows, ScoredRows, ScoredRows]:
     """Return suspects, others and the candidate sample, with their density."""
-    sources = [folders.embeddings(folders.first), folders.density]
+    sources: list[str | Stored] = [folders.embeddings(folders.first), folders.density]
+    also = {"captions": "text_embedding"}
+    if second := folders.sides.second_look:
+        sources.append(folders.seen_by(second, "image_embedding"))
+        also["witness"] = f"{second}_image_embedding"
     rule = DensityRule.from_state(*load_arrays(folders.rule("density")))
 
     def fetch(largest: int, **draw: Any) -> ScoredRows:
-        fold = FetchRows(largest, key=key, extra=("density",), captions="text_embedding", **draw)
+        fold = FetchRows(largest, key=key, extra=("density",), also=also, **draw)
         return ScoredRows(**run_fold(fold, names, sources))
 
     halves = []
@@ -216,14 +224,15 @@ def _fit_last(
     **search: Any,
 ) -> tuple[SmoothingRule | None, Verdict]:
     """Fit the smoothing on suspects, others and candidates, and the verdict on the candidates' scores."""
-    smoothing = image = caption = None
+    smoothing = image = caption = second = None
     if density is not None:
         candidates = density[-1]
         smoothing = fit_smoothing(*density, config, **search)
         said = candidates.captions if smoothing.excess else None
-        columns = smoothing.score(candidates.embeddings, candidates.ids, candidates.density, said, **search)
+        seen = candidates.witness if smoothing.disagreement else None
+        columns = smoothing.score(candidates.embeddings, candidates.ids, candidates.density, said, seen, **search)
         if "density" in judges:
-            image = columns["suspicion"]
+            image, second = columns["suspicion"], columns.get("neighbor_disagreement")
     if pairs is not None and mismatch is not None:
         rows = (pairs[name] for name in ("embeddings", "captions", "ids"))
         caption = mismatch.score(*rows, **search)["caption_mismatch"]
@@ -231,7 +240,8 @@ def _fit_last(
         # Two encoders: an image may have failed for one of them.
         _, here, there = np.intersect1d(density[-1].ids, pairs["ids"], return_indices=True)
         image, caption = image[here], caption[there]
-    return smoothing, fit_verdict(image, caption)
+        second = None if second is None else second[here]
+    return smoothing, fit_verdict(image, caption, second)
 
 
 def save_arrays(url: str, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:

@@ -15,10 +15,11 @@ from tarsift.pipelines.tasks import side_by_side
 SHARDS_PER_TASK = 8
 
 
-def run_fold(fold: Fold, shards: Sequence[str], folders: Sequence[str]) -> Any:
+def run_fold(fold: Fold, shards: Sequence[str], folders: Sequence[str | Stored]) -> Any:
     """Fold over the rows of `shards`, whose columns lie in `folders` side by side.
 
-    States are merged on the driver as they come; a fold's state is small by contract.
+    Of a plain folder the columns are read that the fold looks at, of a `Stored` its own. States are merged on the
+    driver as they come; a fold's state is small by contract.
     """
     chunks = [list(shards[i : i + SHARDS_PER_TASK]) for i in range(0, len(shards), SHARDS_PER_TASK)]
     fold_ref = ray.put(fold)
@@ -30,8 +31,10 @@ def run_fold(fold: Fold, shards: Sequence[str], folders: Sequence[str]) -> Any:
     return fold.finish(state)
 
 
-def _fold_some(fold: Fold, shards: list[str], folders: list[str]) -> tuple[Any, int]:
-    read = ReadStored([Stored(folder, tuple(fold.columns)) for folder in folders], batch_rows=4096)
+def _fold_some(fold: Fold, shards: list[str], folders: list[str | Stored]) -> tuple[Any, int]:
+    columns = tuple(fold.columns)
+    sources = [folder if isinstance(folder, Stored) else Stored(folder, columns) for folder in folders]
+    read = ReadStored(sources, batch_rows=4096)
     state = fold.init()
     for shard in shards:
         for table in read(shard):

@@ -85,7 +85,7 @@ class LastScorer:
         prefix = ""
         if sides.captions and sides.captions != folders.first:
             prefix = f"{sides.captions}_"
-            sources.append(Stored(folders.embeddings(sides.captions), (*both, "clip_similarity"), prefix))
+            sources.append(folders.seen_by(sides.captions, *BOTH_TOWERS, "clip_similarity"))
         self.read = ReadStored(sources, batch_rows=search.batch_rows, receipts=True)
 
         def saved(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -94,7 +94,8 @@ class LastScorer:
         copies, _ = saved("duplicates")
         self.maps: list[Callable[[pa.Table], pa.Table]] = [CountCopies(copies["ids"], copies["counts"], key=key)]
         if sides.density:
-            self.maps.append(SmoothScores(SmoothingRule.from_state(*saved("smoothing")), **options))
+            smoothing = SmoothingRule.from_state(*saved("smoothing"))
+            self.maps.append(SmoothScores(smoothing, witness=f"{sides.second_look}_image_embedding", **options))
         if sides.captions:
             towers = {"embedding": f"{prefix}image_embedding", "captions": f"{prefix}text_embedding"}
             self.maps.append(ScoreMismatch(MismatchRule.from_state(*saved("mismatch")), **towers, **options))

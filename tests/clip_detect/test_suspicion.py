@@ -107,10 +107,10 @@ def test_rules_survive_files_bit_for_bit(tmp_path):
     ids = content_ids(x)
     density_rule = fit_density(x, ids, ids, SMALL)
     before = density_rule.score(x, ids)
-    said = np.random.default_rng(3).normal(size=(400, 8)).astype(np.float32)
+    said, seen = np.random.default_rng(3).normal(size=(2, 400, 8)).astype(np.float32)
 
     def rows(part):
-        return ScoredRows(x[part], ids[part], ids[part], before["density"][part], said[part])
+        return ScoredRows(x[part], ids[part], ids[part], before["density"][part], said[part], seen[part])
 
     smoothing = fit_smoothing(rows(slice(0, 40)), rows(slice(40, 400)), rows(slice(0, 400)), SMALL)
     for name, rule in (("density", density_rule), ("smoothing", smoothing)):
@@ -126,13 +126,15 @@ def test_rules_survive_files_bit_for_bit(tmp_path):
     assert again.config == SMALL
     after = again.score(x, ids)
     assert all(after[name].tobytes() == before[name].tobytes() for name in before)
-    smoothed = load(SmoothingRule, "smoothing").score(x, ids, before["density"], said)
-    wanted = smoothing.score(x, ids, before["density"], said)
-    assert list(smoothed) == ["suspicion_image", "caption_excess", "suspicion"]
+    smoothed = load(SmoothingRule, "smoothing").score(x, ids, before["density"], said, seen)
+    wanted = smoothing.score(x, ids, before["density"], said, seen)
+    assert list(smoothed) == ["suspicion_image", "caption_excess", "suspicion", "neighbor_disagreement"]
     assert all(smoothed[name].tobytes() == wanted[name].tobytes() for name in wanted)
-    with pytest.raises(ValueError, match="captions are needed where the rule was fitted with them"):
+    with pytest.raises(ValueError, match="`captions` is needed where the rule was fitted with it"):
         smoothing.score(x, ids, before["density"])
-    with pytest.raises(ValueError, match="not a rule of kind 'smoothing-2': got 'density-1'"):
+    with pytest.raises(ValueError, match="`witness` is needed where the rule was fitted with it"):
+        smoothing.score(x, ids, before["density"], said)
+    with pytest.raises(ValueError, match="not a rule of kind 'smoothing-3': got 'density-1'"):
         SmoothingRule.from_state(*density_rule.state())
 
 

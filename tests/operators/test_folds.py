@@ -69,7 +69,7 @@ FOLDS = {
     "smallest": SmallestHashes(40, key=KEY, salt="a"),
     "smallest_above": SmallestHashes(40, key=KEY, salt="a", side=Side("density", 0.5, True)),
     "fetch": FetchRows(2**61, key=KEY, extra=("density",)),
-    "fetch_captions": FetchRows(2**61, key=KEY, captions="text_embedding"),
+    "fetch_captions": FetchRows(2**61, key=KEY, also={"captions": "text_embedding"}),
     "fetch_below": FetchRows(2**62, key=KEY, salt="b", side=Side("density", 0.0, False)),
     "duplicates": CountDuplicates(1, 3, key=KEY),
     "top": top(TopFraction.start(0.07), FlagConfig()),

@@ -46,17 +46,19 @@ def maps(rows):
     ids = identities(rows, KEY)[usable]
     images, captions = (matrix(rows[f"{tower}_embedding"])[0].astype(np.float32)[usable] for tower in ("image", "text"))
     rule = fit_density(images, ids, ids, CONFIG)
-    scored = ScoredRows(images, ids, ids, rule.score(images, ids)["density"], captions)
+    # The captions' embeddings stand for a witness's of the images as well.
+    scored = ScoredRows(images, ids, ids, rule.score(images, ids)["density"], captions, captions)
     pool, rest = (ScoredRows(*(part[rows] for part in scored)) for rows in (slice(0, 30), slice(30, None)))
     smoothing = fit_smoothing(pool, rest, scored, CONFIG)
     mismatch = fit_mismatch(images, captions, ids, ids)
-    density = smoothing.score(images, ids, scored.density, captions)["suspicion"]
-    verdict = fit_verdict(density, mismatch.score(images, captions, ids)["caption_mismatch"])
+    columns = smoothing.score(images, ids, scored.density, captions, captions)
+    second = columns["neighbor_disagreement"]
+    verdict = fit_verdict(columns["suspicion"], mismatch.score(images, captions, ids)["caption_mismatch"], second)
     twice = np.sort(np.unique(ids[6:7]))
     return {
         "copies": CountCopies(twice, np.array([2], np.int32), key=KEY),
         "density": ScoreDensity(rule, key=KEY),
-        "smoothing": SmoothScores(smoothing, key=KEY),
+        "smoothing": SmoothScores(smoothing, key=KEY, witness="text_embedding"),
         "mismatch": ScoreMismatch(mismatch, key=KEY),
         "judge": Judge(verdict, density=True, captions=True),
     }
@@ -83,7 +85,7 @@ def test_what_each_appends(maps, rows):
         before |= set(appended[name])
         assert table["row"].equals(rows["row"])
     assert appended["copies"] == ["duplicate_count"]
-    assert appended["smoothing"] == ["suspicion_image", "caption_excess", "suspicion"]
+    assert appended["smoothing"] == ["suspicion_image", "caption_excess", "suspicion", "neighbor_disagreement"]
     assert appended["mismatch"] == [
         "caption_distance", "lemon_image", "lemon_caption", "caption_unmatched", "safeclip", "caption_mismatch",
     ]  # fmt: skip
@@ -103,7 +105,7 @@ def test_rows_without_image_or_caption(maps, rows):
     table = through(maps, rows, "judge")
     nulls = {name: np.flatnonzero(~np.asarray(table[name].is_valid())).tolist() for name in table.column_names}
     assert nulls["suspicion"] == nulls["suspicion_density"] == nulls["density"] == [3]
-    assert nulls["caption_mismatch"] == nulls["safeclip"] == [3, 5]
+    assert nulls["caption_mismatch"] == nulls["safeclip"] == nulls["neighbor_disagreement"] == [3, 5]
     assert table["caption_excess"][5].as_py() == 0
     assert table["duplicate_count"].to_pylist()[5:9] == [1, 2, 2, 1]
     assert table["density"][6] == table["density"][7]

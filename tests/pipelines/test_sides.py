@@ -58,6 +58,7 @@ def both(ray_session, dump, encoder, witness, tmp_path_factory):
 def test_the_check_decides_who_judges(regimes, density, captions, judges):
     sides = choose_sides(regimes)
     assert (sides.density, sides.captions, " ".join(sides.judges)) == (density, captions, judges)
+    assert sides.second_look == (captions if judges == "density captions" else None)
     assert len(sides.looked_for) == len(sides.judges)
     assert any("triggers" in kind for kind in sides.not_looked_for)
     assert any("captions that do not fit" in kind for kind in sides.not_looked_for) == ("captions" not in sides.judges)
@@ -71,23 +72,20 @@ def test_a_witness_that_saw_the_dump_judges_nothing(ray_session, dump, encoder, 
 def test_both_sides_judge(both):
     result, _ = both
     scores = table(result.out, "scores")
-    assert {"suspicion_image", "caption_excess", "suspicion_density", "caption_mismatch", "suspicion"} <= {
-        *scores.column_names
-    }
+    parts = ["suspicion_density", "neighbor_disagreement", "caption_mismatch"]
+    assert {"suspicion_image", "caption_excess", "suspicion", *parts} <= {*scores.column_names}
     assert not [name for name in scores.column_names if "embedding" in name]
-    density, captions, together = (
-        scores[name].to_numpy() for name in ("suspicion_density", "caption_mismatch", "suspicion")
-    )
+    density, second, captions, together = (scores[name].to_numpy() for name in (*parts, "suspicion"))
     errors = scores["error"].to_pylist()
     for i, error in enumerate(errors):
         judged = error in (None, "missing_caption")
         assert (not np.isnan(together[i]), not np.isnan(captions[i])) == (judged, error is None)
+        assert np.isnan(second[i]) != judged
     whole = ~np.isnan(together) & ~np.isnan(captions)
     ones = np.ones(whole.sum())
-    fitted, residues, *_ = np.linalg.lstsq(
-        np.stack([density[whole], captions[whole], ones], axis=1), together[whole], rcond=None
-    )
-    assert (fitted[:2] > 0).all()  # the sum of both, each in units of its spread
+    columns = np.stack([density[whole], second[whole], captions[whole], ones], axis=1)
+    fitted, residues, *_ = np.linalg.lstsq(columns, together[whole], rcond=None)
+    assert (fitted[:3] > 0).all()  # the sum of all, each in units of its spread
     assert residues[0] < 1e-4
     run = json.loads(storage.read_bytes(storage.join(result.out, "run.json")))
     assert run["encoders"]["witness"]["regime"]["code"] == NOT
@@ -104,7 +102,7 @@ def test_the_caption_side_is_that_of_the_function(both):
     images, usable = matrix(embeddings["image_embedding"])
     captions, _ = matrix(embeddings["text_embedding"])
     arrays = images.astype(np.float32), captions.astype(np.float32), identities(embeddings, key)
-    fold = FetchRows(2**64 - 1, key=key, captions="text_embedding")
+    fold = FetchRows(2**64 - 1, key=key, also={"captions": "text_embedding"})
     rows = fold.finish(fold.add(fold.init(), embeddings))
     rule = fit_mismatch(*(rows[n] for n in ("embeddings", "captions", "ids", "hashes")), config.mismatch)
     wanted = rule.score(*(a[usable] for a in arrays))
