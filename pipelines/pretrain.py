@@ -12,10 +12,7 @@ import ray
 
 from tarsift.operators import storage
 from tarsift.operators.errors import TarsiftError, UsageError
-from tarsift.operators.models import (
-    load_checkpoint,
-    state_sha256,
-)
+from tarsift.operators.models import load_checkpoint, state_sha256
 from tarsift.operators.shards import ReadConfig, ReadShard, Shard, ShardEnd, list_shards
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.session import TASK_OPTIONS, session
