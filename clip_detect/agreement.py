@@ -8,7 +8,7 @@ verdict by itself, and an attacker who varies the captions weakens it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -16,7 +16,7 @@ from jaxtyping import Float32, Float64, Int64, UInt64
 
 from tarsift.clip_detect.neighbors import knn
 
-_ROWS = 512  # compared at a time, so that the captions of their neighbours stay in the cache
+_BYTES = 4 << 20  # of neighbours at a time, so that they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,19 @@ def _agreement(
     """Mean cosine of each caption with those of its neighbours that have one; 0 where none has."""
     out = np.empty(len(own))
     has_caption = np.asarray(others.any(axis=1))
-    for start in range(0, len(own), _ROWS):
-        part = slice(start, start + _ROWS)
-        rows = near[part]
-        out[part] = cosines(own[part], others[rows]).sum(axis=1) / np.maximum(has_caption[rows].sum(axis=1), 1)
+    for part, agreeing in neighbor_cosines(own, others, near):
+        out[part] = agreeing.sum(axis=1) / np.maximum(has_caption[near[part]].sum(axis=1), 1)
     return out
+
+
+def neighbor_cosines(
+    own: Float32[np.ndarray, "n d"], others: Float32[np.ndarray, "R d"], near: Int64[np.ndarray, "n m"]
+) -> Iterator[tuple[slice, Float64[np.ndarray, "r m"]]]:
+    """Yield parts of the rows, with the cosines of each row and the others that are near it."""
+    rows = max(1, _BYTES // (near.shape[1] * own.shape[1] * own.itemsize))
+    for start in range(0, len(own), rows):
+        part = slice(start, start + rows)
+        yield part, cosines(own[part], others[near[part]])
 
 
 def cosines(a: Float32[np.ndarray, "n d"], b: Float32[np.ndarray, "n m d"]) -> Float64[np.ndarray, "n m"]:

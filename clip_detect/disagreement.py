@@ -17,10 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from tarsift.clip_detect.agreement import cosines
+from tarsift.clip_detect.agreement import neighbor_cosines
 from tarsift.clip_detect.neighbors import Neighbors
-
-_BYTES = 4 << 20  # of neighbours' embeddings at a time, so that they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Disagreement:
         among, near: the nearest in the reference, to the first encoder, of each of its rows and of the sample.
         """
         line = _fit_line(witness, sample, near)
-        own = difference(witness, witness, among, line)
+        own = _missing(witness, witness, among, line)
         return cls(witness, np.where(np.isnan(own), np.nanmedian(own), own), line)
 
     def score(self, witness: Float32[np.ndarray, "n d"], near: Neighbors) -> Float64[np.ndarray, " n"]:
@@ -57,7 +55,7 @@ class Disagreement:
         witness: embeddings of unit length; NaN for a row of zeros, which the witness has not seen. near: the nearest
         in the reference to the first encoder.
         """
-        total = difference(witness, self.witness, near, self.line) + self.own[near.indices].sum(axis=1)
+        total = _missing(witness, self.witness, near, self.line) + self.own[near.indices].sum(axis=1)
         return total / (near.indices.shape[1] + 1)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
@@ -70,7 +68,7 @@ class Disagreement:
         return cls(arrays["witness"], arrays["own"], arrays["line"])
 
 
-def difference(
+def _missing(
     own: Float32[np.ndarray, "n d"],
     others: Float32[np.ndarray, "E d"],
     near: Neighbors,
@@ -97,8 +95,6 @@ def _fit_line(witness: np.ndarray, sample: np.ndarray, near: Neighbors) -> Float
 
 def _cosines(own: np.ndarray, others: np.ndarray, near: Neighbors) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
     """Yield parts of the rows, and their neighbours' cosines (n, m) to the first encoder and to the witness."""
-    rows = max(1, _BYTES // (near.indices.shape[1] * own.shape[1] * own.itemsize))
-    for start in range(0, len(own), rows):
-        part = slice(start, start + rows)
-        first = 1 - np.square(near.distances[part], dtype=np.float64) / 2  # of vectors of unit length
-        yield part, first, cosines(own[part], others[near.indices[part]])
+    for part, to_witness in neighbor_cosines(own, others, near.indices):
+        to_first = 1 - np.square(near.distances[part], dtype=np.float64) / 2  # of vectors of unit length
+        yield part, to_first, to_witness

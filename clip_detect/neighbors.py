@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ def choose_backend(backend: str = "auto", device: str | None = None) -> str:
             return "torch"
         if torch.cuda.is_available():
             return "faiss-gpu" if _faiss_gpu_works() else "torch"
-        return "faiss" if _faiss_importable() else "torch"
+        return "torch" if _faiss_or_none() is None else "faiss"
     if backend not in BACKENDS:
         raise ValueError(f"unknown kNN backend {backend!r}. Choose one of: auto, {', '.join(BACKENDS)}.")
     return backend
@@ -158,7 +159,7 @@ class _Exact:
 
     def __init__(self, rows: np.ndarray, longest: float, ids: np.ndarray | None, k: int) -> None:
         self.rows, self.longest, self.ids, self.k = rows, longest, ids, k
-        self.faiss: Any = _import_faiss("faiss") if _faiss_importable() else None
+        self.faiss = _faiss_or_none()
         dimension = rows.shape[1]
         # gamma: any sum of d products in float32 is off by at most gamma times the sum of their
         # magnitudes, in whatever order they are added (Higham, Accuracy and Stability, 3.1).
@@ -236,7 +237,7 @@ def _settings(threads: int) -> Iterator[None]:
     if threads < 1:
         raise ValueError(f"`threads` must be at least 1: got {threads}.")
     before, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    faiss = _import_faiss("faiss") if _faiss_importable() else None
+    faiss = _faiss_or_none()
     faiss_before = faiss.omp_get_max_threads() if faiss else 0
     try:
         torch.set_num_threads(threads)
@@ -305,11 +306,10 @@ def _lengths(x: Float32[np.ndarray, "n d"], name: str, first: int) -> np.ndarray
     return np.sqrt(squared.astype(np.float64)) * 1.001  # an upper bound, rounding included
 
 
-def _import_faiss(backend: str):
+def _import_faiss(backend: str) -> Any:
     extra = "gpu" if backend == "faiss-gpu" else "cpu"
     try:
-        with _openblas_for_this_processor():
-            import faiss
+        faiss = _load_faiss()
     except ImportError as error:
         raise ImportError(f"the kNN backend {backend!r} needs faiss: pip install 'tarsift[{extra}]'") from error
     if backend == "faiss-gpu" and not hasattr(faiss, "StandardGpuResources"):
@@ -320,28 +320,27 @@ def _import_faiss(backend: str):
 
 
 @functools.cache
-def _faiss_importable() -> bool:
+def _faiss_or_none() -> Any:
+    """Return faiss, None where it is not installed."""
     try:
-        _import_faiss("faiss")
+        return _load_faiss()
     except ImportError:
-        return False
-    return True
+        return None
 
 
-@contextlib.contextmanager
-def _openblas_for_this_processor() -> Iterator[None]:
-    """Name the kernels for the OpenBLAS that is loaded inside, where the user has not.
+@functools.cache
+def _load_faiss() -> Any:
+    """Import faiss, and name the kernels for the OpenBLAS that it loads, where the user has not.
 
     The OpenBLAS in wheels of faiss (0.3.15) takes a processor newer than itself for one of 2004, and faiss is four
     times slower. Later ones ask what it can do, as is done here: https://github.com/OpenMathLib/OpenBLAS/pull/3485
     """
     kernels = {"AVX512": "SkylakeX", "AVX2": "Haswell"}.get(torch.backends.cpu.get_cpu_capability())
     if kernels is None or _CORE_TYPE in os.environ:
-        yield
-        return
+        return importlib.import_module("faiss")
     os.environ[_CORE_TYPE] = kernels
     try:
-        yield
+        return importlib.import_module("faiss")
     finally:
         del os.environ[_CORE_TYPE]
 

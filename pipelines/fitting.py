@@ -229,8 +229,8 @@ def _fit_last(
         candidates = density[-1]
         smoothing = fit_smoothing(*density, config, **search)
         said = candidates.captions if smoothing.excess else None
-        seen = candidates.witness if smoothing.disagreement else None
-        columns = smoothing.score(candidates.embeddings, candidates.ids, candidates.density, said, seen, **search)
+        rows = (candidates.embeddings, candidates.ids, candidates.density, said, candidates.witness)
+        columns = smoothing.score(*rows, **search)
         if "density" in judges:
             image, second = columns["suspicion"], columns.get("neighbor_disagreement")
     if pairs is not None and mismatch is not None:

@@ -95,7 +95,7 @@ class LastScorer:
         self.maps: list[Callable[[pa.Table], pa.Table]] = [CountCopies(copies["ids"], copies["counts"], key=key)]
         if sides.density:
             smoothing = SmoothingRule.from_state(*saved("smoothing"))
-            self.maps.append(SmoothScores(smoothing, witness=f"{sides.second_look}_image_embedding", **options))
+            self.maps.append(SmoothScores(smoothing, witness=f"{prefix}image_embedding", **options))
         if sides.captions:
             towers = {"embedding": f"{prefix}image_embedding", "captions": f"{prefix}text_embedding"}
             self.maps.append(ScoreMismatch(MismatchRule.from_state(*saved("mismatch")), **towers, **options))

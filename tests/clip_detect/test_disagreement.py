@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tarsift.clip_detect import disagreement
+from tarsift.clip_detect import agreement
 from tarsift.clip_detect.disagreement import Disagreement
 from tarsift.clip_detect.metrics import auroc
 from tarsift.clip_detect.neighbors import Neighbors, unit_norm
@@ -78,7 +78,7 @@ def test_bits_depend_on_the_row_alone(monkeypatch):
     near = nearest(50, 40, 7, 3)
     rule = Disagreement.fit(reference, nearest(40, 40, 7, 4), own, near)
     whole = rule.score(own, near)
-    monkeypatch.setattr(disagreement, "_BYTES", 1)
+    monkeypatch.setattr(agreement, "_BYTES", 1)
     parts = np.concatenate([rule.score(own[i : i + 3], near.rows(i, i + 3)) for i in range(0, 50, 3)])
     assert parts.tobytes() == whole.tobytes()
     assert Disagreement.from_arrays(rule.to_arrays()).score(own, near).tobytes() == whole.tobytes()

@@ -35,11 +35,14 @@ def without_faiss():
     """As where it is not installed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "faiss", None)
-        neighbors._faiss_importable.cache_clear()
+        found = (neighbors._faiss_or_none, neighbors._load_faiss)
+        for cached in found:
+            cached.cache_clear()
         try:
             yield
         finally:
-            neighbors._faiss_importable.cache_clear()
+            for cached in found:
+                cached.cache_clear()
 
 
 def same(a, b):
@@ -223,7 +226,7 @@ def test_without_faiss():
 
 
 @pytest.mark.parametrize("asked", [None, "Nehalem"])
-def test_openblas_is_told_what_the_processor_can_do(monkeypatch, asked):
+def test_openblas_is_told_what_the_processor_can_do(asked):
     """In a process of its own: OpenBLAS looks once, when it is loaded."""
     code = (
         "import os, sys\n"
