@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Float32
 from pydantic import ValidationError
 
 from tarsift.operators.encoder_settings import EncoderConfig, EncoderInfo
-from tarsift.operators.errors import ConfigError, TarsiftError, UsageError
+from tarsift.operators.errors import ChangedError, ConfigError, TarsiftError, UsageError
 from tarsift.operators.images import DecodeImages
 from tarsift.operators.models import load_encoder
 from tarsift.operators.regime import Regime, encoder_regime
@@ -63,17 +63,19 @@ class ClipEncoder:
 
     Args:
         encoder: its settings, or its spec alone.
+        weights_sha256: digest that the weights must have, from `encoder_info`.
         settings: fields of `EncoderConfig` that override.
 
     Raises:
         UsageError: if the encoder or the device is not there, or a setting is wrong.
+        ChangedError: if its weights have another digest.
 
     Example:
         >>> ds = ds.map_batches(ClipEncoder, fn_constructor_kwargs={"encoder": "enc.pt"},
         ...                     batch_size=256)                                       # doctest: +SKIP
     """
 
-    def __init__(self, encoder: str | EncoderConfig, **settings: Any) -> None:
+    def __init__(self, encoder: str | EncoderConfig, *, weights_sha256: str | None = None, **settings: Any) -> None:
         given = encoder.model_dump() if isinstance(encoder, EncoderConfig) else {"spec": encoder}
         try:
             self.config = EncoderConfig(**{**given, **settings})
@@ -86,6 +88,12 @@ class ClipEncoder:
         settled = self.config.settled(gpu=self.device.type == "cuda")
         self.precision, self.micro_batch = settled.precision, settled.micro_batch
         self.encoder = load_encoder(self.config.spec, device=self.device)
+        if weights_sha256 not in (None, self.encoder.weights_sha256):
+            raise ChangedError(
+                f"the weights of {self.encoder.name} were replaced while the run was on: their digest is "
+                f"{self.encoder.weights_sha256[:12]}, was {weights_sha256[:12]}. Put the earlier ones back and run "
+                "the same command again, or give another --out."
+            )
         self.encoder.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.decode = DecodeImages(
             self.encoder.image_size,

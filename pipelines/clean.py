@@ -27,6 +27,7 @@ from tarsift.pipelines.ledger import fingerprint
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.report import write_report
 from tarsift.pipelines.run import Run, embed_name, open_run
+from tarsift.pipelines.trusted import TrustedReference
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,14 @@ def score_step(run: Run) -> None:
     """Fit the reference and score every sample."""
     prints = {role: run.complete(embed_name(role))[0] for role in run.roles}
     sides = choose_sides({role: run.content["encoders"][role]["regime"]["code"] for role in run.roles})
-    print_ = scoring.score_fingerprint(prints, run.digests, sides, run.config)
+    trusted = None
+    if run.config.reference.path and sides.density:
+        weights = run.content["encoders"][sides.density]["weights_sha256"]
+        trusted = TrustedReference.find(run.config.reference.path, weights)
+    print_ = scoring.score_fingerprint(prints, run.digests, sides, run.config, trusted)
     run.content["reference"] = scoring.score_passes(
         run.shards, run.out, run.config, run.embedded, print_, sides,
-        progress=run.progress, finished=run.file.record_pass,
+        trusted=trusted, progress=run.progress, finished=run.record,
     )  # fmt: skip
     run.content["sides"] = sides.to_json()
     run.file.save()
@@ -145,7 +150,9 @@ def write_step(run: Run) -> None:
     print_ = fingerprint("write", flag_print, run.config.write.model_dump(mode="json"))
     start = time.monotonic()
     figures: dict[str, Any] = {}
-    if run.config.write.shards:
+    if not run.config.write.shards:
+        writing.remove_shards(run.names, run.out, print_)
+    else:
         result, ledger = writing.write_pass(run.shards, run.out, run.embedded, print_, progress=run.progress)
         figures = result.figures(ledger.fingerprint)
         written = {home: sum(e["homes"][home]["samples"] for e in result.entries.values()) for home in writing.HOMES}
@@ -154,7 +161,7 @@ def write_step(run: Run) -> None:
             raise TarsiftError(f"shards hold {written}, flags say {counts}; report this as a defect.")
     kept = writing.write_lists(run.names, run.out)
     figures |= {"fingerprint": print_, "kept": kept, "elapsed_s": round(time.monotonic() - start, 3)}
-    run.file.record_pass("write", {"shards": len(run.shards), "samples": run.content["counts"]["read"], **figures})
+    run.record("write", {"shards": len(run.shards), "samples": run.content["counts"]["read"], **figures})
 
 
 def report_step(run: Run) -> str:
@@ -166,7 +173,7 @@ def report_step(run: Run) -> str:
     url = write_report(run.out)
     run.progress(Event("report", 1, 1, unit="page", finished=True))
     figures = {"fingerprint": run.wanted_fingerprints()["report"], "elapsed_s": round(time.monotonic() - start, 3)}
-    run.file.record_pass("report", figures)
+    run.record("report", figures)
     return url
 
 

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -51,7 +52,7 @@ def write_parts(batch: pa.Table, *, folder: str, drop: Sequence[str] = ("image",
     """Write a batch as one part per run of rows of a shard, and return their receipts (the sink).
 
     Parts are Arrow streams, which cost a fraction of Parquet to write and are read back once. A part
-    lies at `<folder>/.parts/<shard>/<first>-<last>-<attempt>.arrow`.
+    lies at `<folder>/.parts/<shard>/<first>-<last>-<attempt>.arrow`, slashes in the shard's name quoted.
     """
     table = as_table(batch)
     table = table.drop_columns([name for name in drop if name in table.column_names])
@@ -61,11 +62,16 @@ def write_parts(batch: pa.Table, *, folder: str, drop: Sequence[str] = ("image",
         if end:
             rows = rows.slice(0, 0)
         if not end or not json.loads(end)["rows"]:  # the only part of an empty shard tells its columns
-            part = storage.join(folder, PARTS, shard, f"{first:08d}-{last:08d}-{uuid.uuid4().hex[:8]}.arrow")
+            part = storage.join(parts_of(folder, shard), f"{first:08d}-{last:08d}-{uuid.uuid4().hex[:8]}.arrow")
             storage.put_bytes(part, ipc_bytes(rows))
         receipts.append((shard, first, last, part, end, take_repeated()))
     columns = list(zip(*receipts, strict=True)) if receipts else [[]] * len(RECEIPT_SCHEMA)
     return pa.table([pa.array(list(c), f.type) for c, f in zip(columns, RECEIPT_SCHEMA, strict=True)], RECEIPT_SCHEMA)
+
+
+def parts_of(folder: str, shard: str) -> str:
+    """Return the folder of a shard's parts; never below that of another shard, such as `train` and `train/00000`."""
+    return storage.join(folder, PARTS, quote(shard, safe=""))
 
 
 def runs(table: pa.Table) -> Iterator[tuple[str, int, int, pa.Table]]:
@@ -255,7 +261,7 @@ def run_pass(
         KeyboardInterrupt: when asked to stop, after shards whose rows had all arrived were committed.
     """
     start = time.monotonic()
-    entries = ledger.entries([s.name for s in shards])
+    entries = ledger.begin([s.name for s in shards])
     todo = [s for s in shards if s.name not in entries]
     done: list[str] = []
     samples = 0
@@ -341,7 +347,7 @@ def _merge_and_tidy(
     folder: str, name: str, parts: list[str], target: str, end: dict[str, Any], metadata: dict[str, str]
 ) -> dict[str, Any]:
     entry = merge_parts(parts, target, end["rows"], metadata)
-    storage.remove_tree(storage.join(folder, PARTS, name))
+    storage.remove_tree(parts_of(folder, name))
     source = {key: end[key] for key in ("sha256", "bytes", "problems") if key in end}
     repeated = end["repeated"] + take_repeated()
     return {**entry, "output": f"{name}.parquet", "source": source, "repeated_requests": repeated}

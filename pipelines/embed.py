@@ -9,10 +9,11 @@ import ray
 
 from tarsift.operators import storage
 from tarsift.operators.encoder_settings import EncoderInfo
+from tarsift.operators.errors import ChangedError
 from tarsift.operators.shards import Shard, list_shards
-from tarsift.pipelines.commit import PARTS, SINK_CPUS, PassResult, run_pass
+from tarsift.pipelines.commit import SINK_CPUS, PassResult, run_pass
 from tarsift.pipelines.config import CleanConfig, ResourcesConfig
-from tarsift.pipelines.ledger import Ledger, fingerprint
+from tarsift.pipelines.ledger import Ledger, fingerprint, records_of
 from tarsift.pipelines.progress import Listener, silent
 from tarsift.pipelines.reading import read_pictures, shard_items
 from tarsift.pipelines.session import ACTOR_OPTIONS, map_tables, session
@@ -68,6 +69,20 @@ def embed_fingerprint(config: CleanConfig, role: str, info: EncoderInfo) -> str:
     return fingerprint("embed", settings["read"], settings["images"], settings["encoders"][role], info.weights_sha256)
 
 
+def refuse_other_weights(ledger: Ledger, info: EncoderInfo) -> None:
+    """Refuse to go on with other weights under the same name; the settings of the two runs agree.
+
+    Raises:
+        ChangedError: if all that is embedded was embedded by others.
+    """
+    records = records_of(ledger.out, ledger.name)
+    if records and all(record["fingerprint"] != ledger.fingerprint for record in records):
+        raise ChangedError(
+            f"{ledger.out} was embedded by other weights than {info.name} holds now ({info.weights_sha256[:12]}): "
+            "put the earlier ones back, or give another --out."
+        )
+
+
 def embed_pass(
     shards: Sequence[Shard], out: str, config: CleanConfig, role: str = "detect", *, progress: Listener = silent
 ) -> tuple[PassResult, Ledger, EncoderInfo]:
@@ -78,21 +93,21 @@ def embed_pass(
     encoder = config.encoders[role].model_copy(update={"threads": config.resources.threads})
     info = encoder_info(encoder.spec)
     ledger = Ledger(out, f"embed.{role}", embed_fingerprint(config, role, info))
+    refuse_other_weights(ledger, info)
     resources = config.resources
 
     folder = f"embeddings/{role}"
-    marks = storage.join(out, folder, PARTS)
 
     def stream(wave: list[Shard]) -> ray.data.Dataset:
         pictures = map_tables(
             shard_items(wave),
             read_pictures,
-            {"read": config.read, "images": config.images, "info": info, "marks": marks},
+            {"read": config.read, "images": config.images, "info": info, "folder": storage.join(out, folder)},
             num_cpus=READ_CPUS,
         )
         return pictures.map_batches(
             ClipEncoder,
-            fn_constructor_kwargs={"encoder": encoder},
+            fn_constructor_kwargs={"encoder": encoder, "weights_sha256": info.weights_sha256},
             batch_size=resources.batch_size,
             batch_format="pyarrow",
             **encoder_actors(resources, len(wave)),

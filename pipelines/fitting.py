@@ -27,10 +27,11 @@ from tarsift.operators.errors import UsageError
 from tarsift.operators.folds import CountDuplicates, FetchRows, Side, SmallestHashes
 from tarsift.operators.shards import Shard
 from tarsift.operators.sides import Sides
-from tarsift.operators.stored import ReadStored, Stored
+from tarsift.operators.stored import Stored
 from tarsift.pipelines.config import CleanConfig
 from tarsift.pipelines.folding import run_fold
 from tarsift.pipelines.session import TASK_OPTIONS
+from tarsift.pipelines.trusted import TrustedReference
 
 # A partition of the duplicate count holds about this many distinct images in memory.
 IMAGES_PER_PARTITION = 4_000_000
@@ -72,7 +73,13 @@ def rule_file(out: str, name: str) -> str:
 
 
 def fit_reference(
-    shards: Sequence[Shard], folders: ScoreFolders, config: CleanConfig, key: bytes, *, samples: int
+    shards: Sequence[Shard],
+    folders: ScoreFolders,
+    config: CleanConfig,
+    key: bytes,
+    *,
+    samples: int,
+    trusted: TrustedReference | None,
 ) -> dict[str, Any]:
     """Fit what needs no scores on a hashed sample of the dump, count duplicates, and save all of it.
 
@@ -87,7 +94,7 @@ def fit_reference(
     largest = int(hashes[-1])
     about: dict[str, Any] = {"candidates": len(hashes), "largest_candidate_hash": largest}
     if sides.density:
-        about |= _fit_density(names, folders, config, key, largest)
+        about |= _fit_density(names, folders, config, key, largest, trusted)
     if sides.captions:
         pairs = _fetch_pairs(names, folders.embeddings(sides.captions), key, largest)
         mismatch = run_job(fit_mismatch, *pairs.values(), config.mismatch, config)
@@ -102,12 +109,17 @@ def fit_reference(
 
 
 def _fit_density(
-    names: Sequence[str], folders: ScoreFolders, config: CleanConfig, key: bytes, largest: int
+    names: Sequence[str],
+    folders: ScoreFolders,
+    config: CleanConfig,
+    key: bytes,
+    largest: int,
+    trusted: TrustedReference | None,
 ) -> dict[str, Any]:
     rows = run_fold(FetchRows(largest, key=key), names, [folders.embeddings(folders.first)])
-    trusted = trusted_reference(config.reference.path, key) if config.reference.path else None
     arrays = (rows["embeddings"], rows["ids"], rows["hashes"])
-    rule = run_job(fit_density, *arrays, config.suspicion, config, reference=trusted)
+    clean = None if trusted is None else trusted.draw(config.suspicion.candidates, key)
+    rule = run_job(fit_density, *arrays, config.suspicion, config, reference=clean)
     save_arrays(folders.rule("density"), *rule.state())
     return {
         "rows": len(rule.contaminated.ids),
@@ -142,32 +154,6 @@ def run_job(fit: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         if cause is None:
             raise
         raise UsageError(str(cause)) from None
-
-
-def trusted_reference(path: str, key: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Load a trusted reference: (embeddings (r, d) float32, ids (r,) uint64) of an `embeddings/` folder.
-
-    Raises:
-        UsageError: if there is no Parquet file with `image_embedding` and `image_sha256`.
-    """
-    folder, _, file = path.rpartition("/") if path.endswith(".parquet") else (path, "", "")
-    names = [file] if file else storage.list_files(path, ".parquet")
-    if not names:
-        raise UsageError(f"--reference {path}: no Parquet file there; give an embeddings/ folder of a trusted dump.")
-    fold = FetchRows(2**64 - 1, key=key)
-    state = fold.init()
-    for name in names:
-        for table in ReadStored([Stored(folder or ".", fold.columns)])(name.removesuffix(".parquet")):
-            missing = [column for column in fold.columns if column not in table.column_names]
-            if missing:
-                raise UsageError(
-                    f"--reference {path}: {name} lacks the columns {missing}; it has {table.column_names}."
-                )
-            state = fold.add(state, table)
-    rows = fold.finish(state)
-    if not rows:
-        raise UsageError(f"--reference {path} holds no embedded sample.")
-    return rows["embeddings"], rows["ids"]
 
 
 def fit_enriched(

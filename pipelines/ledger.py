@@ -6,7 +6,8 @@ disk and an object store behave alike; an entry cut short by a crash is no JSON 
 
 An entry counts only under the *fingerprint* it was made with: a digest of the settings of its
 pass and of all passes before it. Settings that change nothing in the result (workers, batch
-sizes) are left out of it.
+sizes) are left out of it. A pass that starts removes the entries of other fingerprints, whose
+outputs it is about to replace.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tarsift.operators.retry import take_repeated
 from tarsift.pipelines.lock import fence
 from tarsift.pipelines.stopping import stop_if_asked
 
-_READERS = 16
+_AT_ONCE = 16  # requests to the store
 
 
 def fingerprint(*parts: Any) -> str:
@@ -56,6 +57,27 @@ class Ledger:
         storage.put_bytes(storage.join(self.folder, f"{shard}.json"), json.dumps(record, indent=1).encode())
         return record
 
+    def begin(self, shards: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Return the records that count, by shard, and remove those of other fingerprints, for a pass that starts.
+
+        It replaces outputs before it puts its own records: a record of other settings would vouch for them should
+        it be stopped in between and those settings come back.
+
+        Raises:
+            FencedError: if another run has taken over the result folder.
+        """
+        fence(self.out)
+        wanted, found = set(shards), {}
+        void = []
+        for record in records_of(self.out, self.name):
+            if record["shard"] in wanted and record["fingerprint"] == self.fingerprint:
+                found[record["shard"]] = record
+            elif record["shard"] in wanted:
+                void.append(storage.join(self.folder, f"{record['shard']}.json"))
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(storage.remove, void))
+        return found
+
     def entries(self, shards: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
         """Read the records that count, by shard; those of other fingerprints are passed over."""
         wanted = None if shards is None else set(shards)
@@ -70,7 +92,7 @@ def records_of(out: str, name: str) -> list[dict[str, Any]]:
     """Read all records of a pass, whatever their fingerprints."""
     folder = storage.join(out, "ledger", name)
     urls = [storage.join(folder, file) for file in storage.list_files(folder, ".json")]
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
         return [record for record in pool.map(_read_record, urls) if record]
 
 

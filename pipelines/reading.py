@@ -15,9 +15,9 @@ from tarsift.operators.encoder_settings import EncoderInfo
 from tarsift.operators.images import DecodeImages, hash_images
 from tarsift.operators.isolation import HANG_IMAGES, killed_after
 from tarsift.operators.shards import ReadConfig, ReadShard, Shard, list_shards
+from tarsift.pipelines.commit import parts_of
 from tarsift.pipelines.session import map_tables
 
-# Marks lie beside the parts, which are cleared when a shard is committed.
 BEGUN = "begun"
 # Far more than any table takes; a table of many huge images is decoded again in a process of its own.
 HANG_S_PER_ROW = 0.25  # beside that of HANG_IMAGES images
@@ -63,7 +63,7 @@ def _read(items: pa.Table, *, config: ReadConfig) -> Iterator[pa.Table]:
 
 
 def read_pictures(
-    items: pa.Table, *, read: ReadConfig, images: ImageConfig, info: EncoderInfo, marks: str
+    items: pa.Table, *, read: ReadConfig, images: ImageConfig, info: EncoderInfo, folder: str
 ) -> Iterator[pa.Table]:
     """Read, hash and decode shards to pixels of the encoder's size; each ends with its end-of-shard row.
 
@@ -71,7 +71,7 @@ def read_pictures(
     images are decoded in a process of their own.
 
     Args:
-        marks: folder of the marks; whoever commits a shard clears it.
+        folder: of the pass; marks lie beside the parts, which are cleared when a shard is committed.
     """
     source = ReadShard(read, receipts=True)
     for shard in shards_of(items):
@@ -80,7 +80,7 @@ def read_pictures(
             interpolation=info.interpolation,
             resize_mode=info.resize_mode,
             config=images,
-            isolated=not storage.create(storage.join(marks, shard.name, BEGUN), secrets.token_bytes(16)),
+            isolated=not storage.create(storage.join(parts_of(folder, shard.name), BEGUN), secrets.token_bytes(16)),
         )
         for table in source(shard):
             a_row = images.timeout_s if decode.isolated else HANG_S_PER_ROW

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from tarsift.operators import storage
-from tarsift.operators.errors import BusyError, ChangedError, UsageError
+from tarsift.operators.errors import BusyError, ChangedError, ConfigError, UsageError
 from tarsift.operators.schema import SCHEMA_VERSION
 from tarsift.operators.shards import Shard, list_shards
 from tarsift.operators.sides import DETECT, ROLES, WITNESS
@@ -25,6 +26,9 @@ from tarsift.pipelines.progress import Listener, silent
 from tarsift.pipelines.session import session
 
 PACKAGES = ("ray", "torch", "open_clip_torch", "faiss-cpu", "faiss-gpu", "pyarrow", "numpy", "Pillow", "tarsift")
+
+# Settings that the result of a pass depends on beside those of the passes before it; that of embedding: all others.
+SETTINGS_OF = {"score": ("reference", "suspicion", "mismatch"), "flag": ("flag",), "write": ("write",), "report": ()}
 
 
 @dataclass
@@ -101,7 +105,13 @@ class Run:
     def done(self, result: PassResult, print_: str) -> None:
         """Keep what a pass has just done, in `run.json` and for the steps that follow."""
         self._complete[result.name] = print_, result.entries
-        self.file.record_pass(result.name, result.figures(print_))
+        self.record(result.name, result.figures(print_))
+
+    def record(self, name: str, figures: dict[str, Any]) -> None:
+        """Keep the figures of a pass in `run.json`, and with them the settings that it was done with."""
+        if name in SETTINGS_OF or name.startswith("embed."):
+            self.content["config"] = self.config.model_dump(mode="json")
+        self.file.record_pass(name, figures)
 
     def complete(self, name: str) -> tuple[str, dict[str, dict[str, Any]]]:
         """Return fingerprint and ledger entries of a pass that later ones build on.
@@ -121,6 +131,11 @@ class Run:
                 f"{len(missing)} of {len(self.shards)} shards of {self.out} have not been through the pass {name} "
                 f"(first: {missing[0] if missing else '-'}): run `{again}` first."
             )
+        if name == "score" and not Ledger(self.out, "enriched", print_).entries(["all"]):
+            raise UsageError(
+                f"the rules in {self.out}/reference are no longer those of the scores: scoring with other settings was "
+                f"begun and not finished. Run `tarsift score {self.out}` first."
+            )
         self._complete[name] = print_, entries
         return print_, entries
 
@@ -134,6 +149,11 @@ class Run:
         """Passes whose result was made from an earlier state of the passes before them."""
         wanted = self.wanted_fingerprints()
         return [n for n in ("flag", "write") if self.fingerprint_of(n) not in (None, wanted[n])]
+
+
+def lies_below(out: str, url: str) -> bool:
+    """Tell whether a file is part of a result folder."""
+    return url.startswith(out.rstrip("/") + "/")
 
 
 def embed_name(role: str) -> str:
@@ -151,7 +171,9 @@ def open_run(inputs: str | Sequence[str], out: str, config: CleanConfig, *, prog
     refuse_encoders(config)
     out = storage.absolute(out)
     config = with_absolute_paths(config)
-    shards = list_shards(inputs)
+    shards = [shard for shard in list_shards(inputs) if not lies_below(out, shard.url)]
+    if not shards:
+        raise UsageError(f"all shards that are given lie in {out}, the result folder: give another --out.")
     listed = [{"name": s.name, "url": s.url, "size": s.size} for s in shards]
     with storage.reachable(out):
         file = RunFile.load(out)
@@ -190,23 +212,45 @@ def refuse_encoders(config: CleanConfig) -> None:
         )
 
 
-def reopen_run(out: str, changes: Mapping[str, Any] | None = None, *, progress: Listener = silent) -> Run:
+def reopen_run(
+    out: str, changes: Mapping[str, Any] | None = None, *, redo: str | None = None, progress: Listener = silent
+) -> Run:
     """Take up a result folder to redo one of its passes, with some settings changed.
+
+    `run.json` keeps the changed settings when that pass is done with them, not before.
 
     Args:
         changes: dotted setting names to values.
+        redo: the pass; settings that others depend on cannot be changed then. None: any can, for who looks only.
 
     Raises:
         UsageError: if `out` is no result folder.
-        ConfigError: for a setting that does not exist or is out of range.
+        ConfigError: for a setting that does not exist, is out of range, or belongs to another pass.
     """
     out = storage.absolute(out)
-    file = RunFile.load_or_refuse(out)
+    with storage.reachable(out):
+        file = RunFile.load_or_refuse(out)
+    content = copy.deepcopy(file.content["config"])
     for name, value in (changes or {}).items():
-        put_setting(file.content["config"], name, value)
-    config = with_absolute_paths(parse_config(file.content["config"]))
-    file.content["config"] = config.model_dump(mode="json")
+        if redo is not None:
+            refuse_setting(name, redo)
+        put_setting(content, name, value)
+    config = with_absolute_paths(parse_config(content))
     return Run(out, [Shard(**item) for item in file.content["inputs"]], config, file, progress)
+
+
+def refuse_setting(name: str, redo: str) -> None:
+    """Refuse a setting that has no effect on a pass that is redone.
+
+    Raises:
+        ConfigError: says which have.
+    """
+    groups = (*SETTINGS_OF[redo], "resources", "max_error_rate")
+    if name.partition(".")[0] not in groups:
+        raise ConfigError(
+            f"{name} does not belong to the pass {redo}, which has the settings {', '.join(groups)}. "
+            "Redo the pass it belongs to, or run `tarsift clean` with another --out."
+        )
 
 
 def with_absolute_paths(config: CleanConfig) -> CleanConfig:

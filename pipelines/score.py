@@ -38,6 +38,7 @@ from tarsift.pipelines.ledger import Ledger, fingerprint
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.reading import shard_items, shards_of
 from tarsift.pipelines.session import ACTOR_OPTIONS, map_tables
+from tarsift.pipelines.trusted import TrustedReference
 
 BOTH_TOWERS = ("image_embedding", "text_embedding")
 CARRIED = ("shard", "row", "key", "uid", "image_sha256", "clip_similarity", "image_norm", "error")
@@ -174,12 +175,16 @@ def scoring_pass(
 
 
 def score_fingerprint(
-    embed_fingerprints: Mapping[str, str], inputs: Mapping[str, Any], sides: Sides, config: CleanConfig
+    embed_fingerprints: Mapping[str, str],
+    inputs: Mapping[str, Any],
+    sides: Sides,
+    config: CleanConfig,
+    trusted: TrustedReference | None = None,
 ) -> str:
     """Digest of all that a score depends on; `inputs` are the digests of all shards."""
     settings = config.result_settings()
     parts = [settings[name] for name in ("reference", "suspicion", "mismatch")]
-    return fingerprint("score", embed_fingerprints, inputs, sides.to_json(), *parts)
+    return fingerprint("score", embed_fingerprints, inputs, sides.to_json(), *parts, trusted and trusted.digest)
 
 
 def score_passes(
@@ -190,6 +195,7 @@ def score_passes(
     fingerprint_: str,
     sides: Sides,
     *,
+    trusted: TrustedReference | None = None,
     progress: Listener = silent,
     finished: Any = None,
 ) -> dict[str, Any]:
@@ -199,6 +205,7 @@ def score_passes(
         embedded: the ledger records of the embed pass, by shard.
         fingerprint_: from `score_fingerprint`.
         sides: which encoder judges what.
+        trusted: what densities are compared with, in place of a sample of the dump.
         finished: called with (pass name, figures) after each pass.
 
     Returns:
@@ -212,7 +219,7 @@ def score_passes(
     def once(name: str, work: Any) -> dict[str, Any]:
         """Do a piece of work that concerns all shards, unless its record is there."""
         ledger = Ledger(out, name, fingerprint_)
-        record = ledger.entries(["all"]).get("all")
+        record = ledger.begin(["all"]).get("all")
         if record is None:
             start = time.monotonic()
             progress(Event(name, 0, 1, unit="sample"))
@@ -229,7 +236,7 @@ def score_passes(
         done = scoring_pass(shards, ledger, scorer, folders, config, key, folder=folder, progress=progress)
         finished(name, done.figures(fingerprint_))
 
-    about = once("reference", lambda: fit_reference(shards, folders, config, key, samples=samples))
+    about = once("reference", lambda: fit_reference(shards, folders, config, key, samples=samples, trusted=trusted))
     if sides.density:
         each("density", DensityScorer, "density")
     largest = about["largest_candidate_hash"]

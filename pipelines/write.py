@@ -22,7 +22,7 @@ from tarsift.operators.stored import ReadStored, Stored
 from tarsift.operators.writer import split_shard
 from tarsift.pipelines.commit import PassResult
 from tarsift.pipelines.folding import run_fold
-from tarsift.pipelines.ledger import Ledger
+from tarsift.pipelines.ledger import Ledger, records_of
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.stopping import patient
 from tarsift.pipelines.tasks import side_by_side
@@ -82,7 +82,7 @@ def write_pass(
     """Split all shards that are not committed yet; one task per shard. Asked to stop, it finishes those begun."""
     start = time.monotonic()
     ledger = Ledger(out, "write", fingerprint)
-    entries = ledger.entries([s.name for s in shards])
+    entries = ledger.begin([s.name for s in shards])
     todo = [s for s in shards if s.name not in entries]
     done: list[str] = []
     samples = 0
@@ -96,6 +96,14 @@ def write_pass(
             progress(Event("write", len(entries), len(shards), samples))
     progress(Event("write", len(entries), len(shards), samples, finished=True, note="" if done else "nothing to do"))
     return PassResult("write", done, entries, time.monotonic() - start), ledger
+
+
+def remove_shards(shards: Sequence[str], out: str, fingerprint: str) -> None:
+    """Remove the shards of an earlier pass, for a run that is to write lists only: they hold other verdicts."""
+    if records_of(out, "write"):
+        Ledger(out, "write", fingerprint).begin(shards)
+        for home in HOMES:
+            storage.remove_tree(storage.join(out, home))
 
 
 def write_lists(shards: Sequence[str], out: str) -> int:

@@ -76,7 +76,8 @@ def _redo(out: str, steps: list[str], changes: dict[str, Any], settings: list[st
 
     changes = {**changes, **parse_settings(settings or ())}
     with shown_progress(quiet) as progress:
-        run = reopen_run(out, {n: value for n, value in changes.items() if value is not None}, progress=progress)
+        given = {name: value for name, value in changes.items() if value is not None}
+        run = reopen_run(out, given, redo=steps[-1], progress=progress)
         with run.working():
             for step in steps:
                 getattr(recipe, f"{step}_step")(run)

@@ -183,8 +183,8 @@ def test_a_policy_given_again_replaces_the_one_before(result, tmp_path):
     out = tmp_path / "o"
     out.mkdir()
     shutil.copy(out_of(result) / "run.json", out)
-    first = reopen_run(str(out), {"flag.on_error": {"missing_caption": "keep"}})
-    first.file.save()
+    first = reopen_run(str(out), {"flag.on_error": {"missing_caption": "keep"}}, redo="flag")
+    first.record("flag", {})
     assert reopen_run(str(out)).config.flag.on_error == {"missing_caption": "keep"}
     assert reopen_run(str(out), {"flag.on_error": {"all": "drop"}}).config.flag.on_error == {"all": "drop"}
 
@@ -314,7 +314,7 @@ def test_what_workers_run_gives_what_is_stored(result, encoder, tmp_path):
     }
 
     settings = {"read": run.config.read, "images": run.config.images, "info": encoder_info(encoder)}
-    pictures, again = (list(reading.read_pictures(items, **settings, marks=str(tmp_path))) for _ in range(2))
+    pictures, again = (list(reading.read_pictures(items, **settings, folder=str(tmp_path))) for _ in range(2))
     assert pa.concat_tables(pictures).equals(pa.concat_tables(again))  # the second attempt decodes in another process
     embedded = pa.concat_tables(map(ClipEncoder(encoder), pictures))
     rows = embedded.filter(pc.greater_equal(embedded["row"], 0)).select(stored["embeddings/detect"].column_names)

@@ -23,6 +23,15 @@ def test_entries_round_trip_with_sub_folders(tmp_path, root):
     assert Ledger(out, "score", "f2").entries() == {}
 
 
+def test_a_pass_that_begins_removes_the_entries_of_other_fingerprints(tmp_path):
+    before, after = (Ledger(str(tmp_path), "write", name) for name in ("f1", "f2"))
+    for shard in ("a", "b/c", "d"):
+        before.commit(shard, {"rows": 3})
+    after.commit("a", {"rows": 4})
+    assert after.begin(["a", "b/c"]).keys() == {"a"}
+    assert before.entries().keys() == {"d"}  # no shard of that run
+
+
 def test_an_entry_cut_off_by_a_crash_is_none(tmp_path):
     ledger = Ledger(str(tmp_path), "score", "f")
     ledger.commit("a", {"rows": 3})
