@@ -3,8 +3,9 @@
 Python's `tarfile` takes a header that is cut short, or damaged in mid-archive, for the end of the
 file, so that half of a shard can be missing without an error. Here every byte is accounted for:
 headers must match their checksum, two zero blocks must end the archive, and what different tar
-readers would read differently (a link with a payload, a global header that renames members) is
-damage. Formats: V7, USTAR, GNU (long names, base-256 numbers, sparse), PAX.
+readers would read differently (a link with a payload, a global header that renames members, data
+in the padding of a header) is damage: a model is trained on what `tarfile` reads. Formats: V7,
+USTAR, GNU (long names, base-256 numbers, sparse, incremental), PAX.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ BLOCK = 512
 RECORD = 20 * BLOCK
 ZEROS = bytes(BLOCK)
 PIECE_BYTES = 1 << 20
-MAX_EXTENDED_BYTES = 1 << 20
+MAX_EXTENDED_BYTES = 1 << 20  # of one extended header
+MAX_HEADERS_BYTES = 4 * MAX_EXTENDED_BYTES  # of all the headers of a member
 MAX_SIZE = 1 << 60
 
 # typeflag -> type of member; what is not named here is "other". GNU's L and K and PAX's x and g are no members.
@@ -35,7 +37,19 @@ TYPES = {
 }
 WITHOUT_PAYLOAD = frozenset({"link", "symlink", "device", "directory", "fifo"})
 EXTENDED = frozenset({b"L", b"K", b"x", b"X", b"g"})
+WITHOUT_PREFIX = frozenset({b"S", b"L", b"K"})
 COMPRESSED = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+# Any member may come first in an archive that is written, and by these bytes a reader would unpack it instead:
+# gzip, bzip2, lzma, xz, zstd.
+_LIKE_COMPRESSED = rb"\x1f\x8b\x08|BZh.1AY&SY|\]\0\0\x80|\xfd7zXZ|\x28\xb5\x2f\xfd"
+# A header as nearly all writers make it, with size and checksum; others are looked at field by field.
+_USUAL_HEADER = re.compile(
+    rb"(?s)(?!" + _LIKE_COMPRESSED + rb").{100}(?:[0-7]{7}[ \0]){3}([0-7]{11})[ \0][0-7]{11}[ \0]([0-7]{6})\0 "
+    rb".{173}(?:\0{16}|(?:[0-7]{7}[ \0]){2})"
+)
+_NUMBERS = ((100, 108), (108, 116), (116, 124), (136, 148), (329, 337), (337, 345))
+_SPARSE_NUMBERS = (*((at, at + 12) for at in range(386, 482, 12)), (483, 495))
+_GNU_TIME = re.compile(rb"[0-7]{11}\0")
 _RECORD_START = re.compile(rb"([1-9][0-9]{0,8}) ")
 
 
@@ -99,11 +113,7 @@ def walk_tar(stream: BinaryIO, *, keep: Callable[[str, int], int] = no_payload) 
             offset += BLOCK
             if kind not in EXTENDED:
                 break
-            if size > MAX_EXTENDED_BYTES:
-                raise TarDamage("bad_header", start, f"an extended header of {size} bytes is too large")
-            padded = _read(stream, _padded(size))
-            if len(padded) < _padded(size):
-                raise TarDamage("truncated", start, "the file ends inside an extended header")
+            padded = _read_extended(stream, size, start)
             if kind == b"g":
                 if len(blocks) > 1:
                     raise TarDamage("bad_header", start, "a global header between a member's extended headers")
@@ -114,19 +124,17 @@ def walk_tar(stream: BinaryIO, *, keep: Callable[[str, int], int] = no_payload) 
                 continue
             blocks.append(padded)
             offset += len(padded)
+            if offset - start > MAX_HEADERS_BYTES:
+                raise TarDamage("bad_header", start, f"the headers of a member have over {MAX_HEADERS_BYTES} bytes")
             # Of two that set the same, the first counts, as in tarfile.
             for key, value in _parse_extended(kind, padded[:size], start).items():
                 extended.setdefault(key, value)
 
-        name = extended.get("path", name)
         type = TYPES.get(kind, "other")
-        if extended:
-            if "size" in extended:
-                size = _decimal(extended["size"], start)
-            if "sparse" in extended:
-                type = "sparse"
         if kind == b"\0" and name.endswith(b"/"):
             type = "directory"
+        if extended:
+            name, type, size = _override(name, kind, type, size, extended, start)
         if kind == b"S" and block[482]:
             offset += _read_sparse_map(stream, blocks, start)
         if size and type in WITHOUT_PAYLOAD:
@@ -171,6 +179,35 @@ def _read(stream: BinaryIO, size: int) -> bytes:
     return b"".join(pieces)
 
 
+def _read_extended(stream: BinaryIO, size: int, start: int) -> bytes:
+    """Read the payload of an extended header, and its padding, which must be zeros: tarfile parses it too."""
+    if size > MAX_EXTENDED_BYTES:
+        raise TarDamage("bad_header", start, f"an extended header of {size} bytes is too large")
+    padded = _read(stream, _padded(size))
+    if len(padded) < _padded(size):
+        raise TarDamage("truncated", start, "the file ends inside an extended header")
+    if padded.count(0, size) != len(padded) - size:
+        raise TarDamage("bad_header", start, "data in the padding of an extended header, which tar readers disagree on")
+    return padded
+
+
+def _override(
+    name: bytes, kind: bytes, type: str, size: int, extended: dict[str, bytes], start: int
+) -> tuple[bytes, str, int]:
+    """Return name, type and size of a member as its extended headers have them."""
+    path = extended.get("path", name)
+    # Which of its names makes a member of the old type a folder, whose payload is not skipped, depends on the reader.
+    if kind == b"\0" and path.endswith(b"/") != name.endswith(b"/"):
+        raise TarDamage("bad_header", start, "a folder by one of its names only, which tar readers disagree on")
+    if "size" in extended:
+        size = _decimal(extended["size"], start)
+    if "sparse" in extended and "size" in extended:  # tarfile may skip as many bytes as the holes would fill
+        raise TarDamage("bad_header", start, "a sparse member with a size of its own, which tar readers disagree on")
+    if "sparse" in extended and type == "file":
+        type = "sparse"
+    return path, type, size
+
+
 def _read_payload(stream: BinaryIO, size: int, wanted: int) -> tuple[bytes | None, int]:
     """Read a payload and its padding; return its first `wanted` bytes and how many bytes were there."""
     padded = _padded(size)
@@ -210,25 +247,57 @@ def _parse_header(block: bytes, start: int) -> tuple[bytes, bytes, int]:
 
     The field of the checksum itself counts as eight spaces; some old writers summed signed bytes.
     """
-    field = block[148:156]
-    total = sum(block.translate(None, b"\0")) - sum(field) + 256
-    stated = _number(field)
+    usual = _USUAL_HEADER.match(block)
+    size, stated = (int(usual[1], 8), int(usual[2], 8)) if usual else (_number(block[124:136]), _number(block[148:156]))
+    total = sum(block.translate(None, b"\0")) - sum(block[148:156]) + 256
     if stated != total:
         rest = block[:148] + block[156:]
         if stated is None or stated != total - 256 * sum(byte > 127 for byte in rest):
             _refuse_header(block, start)
     kind = block[156:157]
-    size = _number(block[124:136])
     if size is None or size > MAX_SIZE:
         raise TarDamage("bad_header", start, f"the size of a member is out of range: {block[124:136]!r}")
+    if not usual or kind == b"S":
+        _check_unusual(block, kind, start)
     name = block[:100].partition(b"\0")[0]
     magic = block[257:263]
-    if magic == b"ustar\0":
-        if block[345]:
-            name = block[345:500].partition(b"\0")[0] + b"/" + name
-    elif magic != b"ustar " and magic != b"\0\0\0\0\0\0":
+    if magic != b"ustar\0" and magic != b"ustar " and magic != b"\0\0\0\0\0\0":
         raise TarDamage("bad_header", start, f"an unknown tar format: its magic is {magic!r}")
+    if block[345] and kind not in WITHOUT_PREFIX:
+        name = _prefixed(name, block, start)
     return name, kind, size
+
+
+def _prefixed(name: bytes, block: bytes, start: int) -> bytes:
+    """Return a name with the prefix that only USTAR has; tarfile puts one before the names of every format."""
+    if block[257:263] == b"ustar\0":
+        if not name and block[156] == 0:
+            raise TarDamage("bad_header", start, "a folder by its prefix only, which tar readers disagree on")
+        return block[345:500].partition(b"\0")[0] + b"/" + name
+    # Incremental archives of GNU tar have times there, which as a folder do not change what a file is, but for `.jpg`.
+    if block[257:263] == b"ustar " and _GNU_TIME.match(block, 345) and (b"/" in name or not name.startswith(b".")):
+        return name
+    raise TarDamage("bad_header", start, "a prefix of the name in a format without, which tar readers disagree on")
+
+
+def _check_unusual(block: bytes, kind: bytes, start: int) -> None:
+    """Refuse a header that begins like a compressed file, or has a number that tarfile cannot read.
+
+    tarfile takes such a number for the end of the archive.
+    """
+    if re.match(b"(?s)" + _LIKE_COMPRESSED, block):
+        raise TarDamage("bad_header", start, f"a name that begins like a compressed file: {block[:10]!r}")
+    for at, end in (*_NUMBERS, *_SPARSE_NUMBERS) if kind == b"S" else _NUMBERS:
+        _check_number(block[at:end], start)
+
+
+def _check_number(field: bytes, start: int) -> None:
+    if field[0] in (0x80, 0xFF):  # base-256
+        return
+    try:
+        int(field.partition(b"\0")[0].decode("ascii").strip() or "0", 8)
+    except ValueError:
+        raise TarDamage("bad_header", start, f"a header with {field!r} where a number should be") from None
 
 
 def _refuse_header(block: bytes, start: int) -> NoReturn:
@@ -241,10 +310,16 @@ def _refuse_header(block: bytes, start: int) -> NoReturn:
 
 
 def _number(field: bytes) -> int | None:
-    """Return the number in a header field, octal or base-256; None if there is none or it is negative."""
+    """Return the number in a header field, octal or base-256; None if there is none or it is negative.
+
+    Digits end at the first NUL: some readers see no more, others go on.
+    """
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
-    digits = field.strip(b" \0")
+    digits, _, rest = field.partition(b"\0")
+    if rest.strip(b" \0"):
+        return None
+    digits = digits.strip(b" ")
     if not digits:
         return 0
     if not digits.isdigit():
@@ -268,18 +343,15 @@ def _parse_extended(kind: bytes, data: bytes, start: int) -> dict[str, bytes]:
     if kind == b"K":  # the target of a link
         return {}
     found: dict[str, bytes] = {}
-    records = _pax_records(data, start)
-    for key, value in records.items():
-        if key == b"path":
+    for key, value in _pax_records(data, start).items():
+        if key in (b"path", b"GNU.sparse.name"):  # of both the later counts, as in tarfile
             if b"\0" in value:
                 raise TarDamage("bad_header", start, "a PAX path holds a NUL character")
             found["path"] = value
         elif key == b"size":
             found["size"] = value
-        elif key.startswith(b"GNU.sparse."):
+        if key.startswith(b"GNU.sparse."):
             found["sparse"] = b""
-    if b"GNU.sparse.name" in records:
-        found["path"] = records[b"GNU.sparse.name"]
     return found
 
 
@@ -287,7 +359,7 @@ def _check_global(data: bytes, start: int) -> None:
     # tarfile would give this path or size to every member that follows; no writer makes such a thing.
     for key in _pax_records(data, start):
         if key in (b"path", b"size", b"linkpath") or key.startswith(b"GNU.sparse."):
-            raise TarDamage("bad_header", start, f"a global header sets {key.decode()!r} for all members")
+            raise TarDamage("bad_header", start, f"a global header sets {_text(key)!r} for all members")
 
 
 def _pax_records(data: bytes, start: int) -> dict[bytes, bytes]:
@@ -315,6 +387,8 @@ def _read_sparse_map(stream: BinaryIO, blocks: list[bytes], start: int) -> int:
         block = _read(stream, BLOCK)
         if len(block) < BLOCK:
             raise TarDamage("truncated", start, "the file ends inside the header of a sparse member")
+        for at in range(0, 504, 12):
+            _check_number(block[at : at + 12], start)
         blocks.append(block)
         read += BLOCK
         if read > MAX_EXTENDED_BYTES:

@@ -45,13 +45,17 @@ def pax(kind: bytes = b"x", **records: str | bytes) -> bytes:
     """Make a PAX header that holds `records`."""
     data = b""
     for key, value in records.items():
-        value = value.encode() if isinstance(value, str) else value
-        rest = b" " + key.replace("__", ".").encode() + b"=" + value + b"\n"
-        length = len(rest)
-        while len(b"%d" % length) + len(rest) != length:
-            length = len(b"%d" % length) + len(rest)
-        data += b"%d" % length + rest
+        data += record(key.replace("__", ".").encode(), value.encode() if isinstance(value, str) else value)
     return member("PaxHeader", data, kind)
+
+
+def record(key: bytes, value: bytes) -> bytes:
+    """Make a record of a PAX header."""
+    rest = b" " + key + b"=" + value + b"\n"
+    length = len(rest)
+    while len(b"%d" % length) + len(rest) != length:
+        length = len(b"%d" % length) + len(rest)
+    return b"%d" % length + rest
 
 
 def archive(members: Iterable[bytes]) -> bytes:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tarsift.operators.errors import SHARD_PROBLEMS
 from tarsift.operators.tar import Member, TarDamage, end_archive, walk_tar
-from tests.operators.tars import FORMATS, archive, by_tarfile, header, member, padded, pax, with_checksum
+from tests.operators.tars import FORMATS, archive, by_tarfile, header, member, padded, pax, record, with_checksum
 
 
 def everything(name: str, size: int) -> int:
@@ -77,6 +77,26 @@ def test_agrees_with_the_tar_program(tmp_path: Path, format: str):
     assert members[: len(names)] == files
     assert members[len(names) : len(names) + 2] == [("link.jpg", "symlink", None), ("hard.jpg", "link", None)]
     assert ("sub", "directory", None) in members
+
+
+@pytest.mark.skipif(not shutil.which("tar"), reason="no tar program here")
+@pytest.mark.parametrize("format", ["oldgnu", "gnu", "posix"])
+def test_incremental_archives_of_the_tar_program(tmp_path: Path, format: str):
+    names = ["a.jpg", "a.txt", "sub/" + "l" * 150 + ".txt"]
+    for name in names:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(name.encode())
+    (tmp_path / "in" / "link.jpg").symlink_to("a.jpg")
+    out = tmp_path / "out.tar"
+    command = ["tar", "-cf", out, f"--format={format}", "--incremental", "-C", tmp_path / "in", "."]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("the tar program here is not GNU tar")
+    data = out.read_bytes()
+    # Old headers have the times of a file where USTAR has a prefix.
+    assert (data[345:346] != b"\0") == (format != "posix")
+    found = walk(data)
+    assert {m.name: m.payload for m in found if m.type == "file"} == {f"./{n}": n.encode() for n in names}
+    assert {m.name for m in found if m.type == "symlink"} == {"./link.jpg"}
 
 
 @pytest.mark.skipif(not shutil.which("tar"), reason="no tar program here")
@@ -156,6 +176,16 @@ def test_global_headers_are_members_of_their_own():
     assert [(m.name, m.type) for m in walk(data)] == [("PaxHeader", "global"), ("a.txt", "file")]
 
 
+def with_field(at: int, value: bytes, kind: bytes = b"0") -> bytes:
+    block = header(b"a.jpg", 0, kind)
+    return with_checksum(block[:at] + value + block[at + len(value) :])
+
+
+def with_prefix(prefix: bytes, magic: bytes, name: bytes = b"a.jpg", kind: bytes = b"0") -> bytes:
+    block = header(name, 0, kind, magic)
+    return with_checksum(block[:345] + prefix + block[345 + len(prefix) :])
+
+
 @pytest.mark.parametrize(
     ("blocks", "says"),
     [
@@ -176,6 +206,30 @@ def test_global_headers_are_members_of_their_own():
         ([header(b"a.jpg", 0, magic=b"cpio\0\0")], "magic"),
         ([member("link.jpg", b"smuggled", b"2")], "disagree"),
         ([member("folder/", b"smuggled", b"5")], "disagree"),
+        ([header(b"a.jpg", b"\x000000000001\0")], "out of range"),
+        ([header(b"a.jpg", b"0\x000000000001")], "out of range"),
+        ([header(b"P", 14, b"x") + padded(b"14 path=a.jpg\n14 path=b.jpg\n")], "padding of an extended header"),
+        ([header(b"P", 13, b"g") + padded(b"13 comment=1\n14 path=b.jpg\n")], "padding of an extended header"),
+        ([header(b"P", 5, b"L") + padded(b"a.jpg.txt")], "padding of an extended header"),
+        ([pax(path="README") + member("x/", b"smuggled", b"\0")], "folder by one of its names"),
+        ([pax(path="x/") + member("README", b"smuggled", b"\0")], "folder by one of its names"),
+        ([member("L", b"README", b"L") + member("x/", b"smuggled", b"\0")], "folder by one of its names"),
+        ([with_prefix(b"p", b"ustar\x0000", b"", b"\0")], "folder by its prefix"),
+        ([with_prefix(b"p", b"ustar  \0")], "prefix of the name"),
+        ([with_prefix(b"p", b"\0" * 8)], "prefix of the name"),
+        ([with_prefix(b"14712345670", b"ustar  \0", b".jpg")], "prefix of the name"),
+        ([member("g", record(b"GNU.sparse.\xff", b"1"), b"g")], "global header sets"),
+        ([pax(GNU__sparse__realsize="0") + member("l.jpg", b"smuggled", b"2")], "disagree"),
+        ([pax(GNU__sparse__realsize="0", size="8") + member("l.jpg", b"smuggled")], "sparse member with a size"),
+        ([pax(size="8", GNU__sparse__realsize="0") + member("README", b"smuggled", b"V")], "sparse member with a size"),
+        ([member("K", bytes(1 << 20), b"K")] * 4, "headers of a member"),
+        ([member(b"\x1f\x8b\x08.jpg", b"1")], "compressed"),
+        ([member(b"BZh91AY&SY.jpg", b"1")], "compressed"),
+        ([member(b"]\0\0\x80", b"1")], "compressed"),
+        ([with_field(136, b"garbage_____")], "where a number should be"),
+        ([with_field(108, b"-9\0")], "where a number should be"),
+        ([with_field(329, b"0x0\0")], "where a number should be"),
+        ([with_field(386, b"sparse", b"S")], "where a number should be"),
         ([b"<html>" + b"x" * 506], "checksum"),
         ([b"\xfd7zXZ" + b"x" * 507], "xz"),
     ],
@@ -188,6 +242,13 @@ def test_bad_headers_are_damage_at_the_members_first_byte(blocks: list[bytes], s
     if b"xz" not in blocks[0][:6].lower():
         _, told = damage(archive([member("before.txt", b"1"), *blocks, member("after.txt", b"1")]))
         assert (told.problem, told.offset) == ("bad_header", 1024)
+
+
+def test_numbers_that_tarfile_reads_are_taken():
+    fields = [b"\x80\xff644\0\0\0", b"\xff" * 8, b" 644 \0\0\0", b"\0garbage", b"-7\0", b" " * 8, b"644\0junk"]
+    data = archive(with_field(at, field) for at in (100, 108, 116, 136, 329, 337) for field in fields)
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        assert len(walk(data)) == len(tar.getnames()) == 6 * len(fields)
 
 
 def test_an_extended_header_needs_a_member():
