@@ -27,8 +27,11 @@ from typing import BinaryIO, NamedTuple
 
 from tarsift.operators.tar import Member, TarDamage, no_payload, walk_tar
 
-IMAGE_PARTS = frozenset({"jpg", "jpeg", "png", "webp"})
+# In the order in which open_clip's loader looks for the image of a sample that has several.
+IMAGE_ORDER = ("jpg", "png", "jpeg", "webp")
+IMAGE_PARTS = frozenset(IMAGE_ORDER)
 CAPTION_PARTS = frozenset({"txt", "json"})
+USED_PARTS = IMAGE_PARTS | CAPTION_PARTS
 
 # Middle parts of a name that tell what a member is for, as in `0001.seg.png`; others belong to the key.
 ROLES = frozenset(
@@ -63,25 +66,28 @@ class Placed(NamedTuple):
 def split_name(name: str) -> tuple[str, str]:
     """Return key and part of a member's name; both empty if it cannot belong to a sample.
 
-    That are names without an extension, hidden files (`.DS_Store`, `._0001.jpg`) and `__MACOSX` folders.
+    That are names without an extension and hidden files (`.DS_Store`, `._0001.jpg`). But `folder/.jpg` and
+    `folder/.txt` are image and caption of the sample `folder/`, since webdataset trains on them.
     """
+    name = name.rstrip("/")  # as tarfile does with the names of PAX
     slash = name.rfind("/") + 1
-    stem, _, part = name[slash:].rpartition(".")
-    if not stem or not part or stem[0] == "." or name.startswith("__MACOSX/"):
-        return "", ""
+    stem, dot, part = name[slash:].rpartition(".")
     part = part.lower()
+    if dot and not stem and slash and part in USED_PARTS:
+        return name[:slash], part
+    if not stem or not part or stem[0] == ".":
+        return "", ""
     if "." in stem:
         stem, part = _take_in_roles(stem, part)
     return name[:slash] + stem, part
 
 
 def _take_in_roles(stem: str, part: str) -> tuple[str, str]:
-    compressed = part in COMPRESSIONS
-    while True:
-        rest, _, middle = stem.rpartition(".")
-        if not rest or not middle or not (compressed or middle.lower() in ROLES):
-            return stem, part
-        stem, part, compressed = rest, f"{middle.lower()}.{part}", False
+    pieces = stem.split(".")
+    kept, compressed = len(pieces), part in COMPRESSIONS
+    while kept > 1 and pieces[kept - 1] and (compressed or pieces[kept - 1].lower() in ROLES):
+        kept, compressed = kept - 1, False
+    return ".".join(pieces[:kept]), ".".join([*(piece.lower() for piece in pieces[kept:]), part])
 
 
 def scan_members(

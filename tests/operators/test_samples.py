@@ -39,7 +39,14 @@ def rows(*names: str, **options) -> list[int | None]:
         ("d.e/README", "", ""),
         (".DS_Store", "", ""),
         ("d/._000.jpg", "", ""),
-        ("__MACOSX/000.jpg", "", ""),
+        ("__MACOSX/000.jpg", "__MACOSX/000", "jpg"),  # webdataset trains on it
+        ("__MACOSX/._000.jpg", "", ""),  # its part `_000.jpg` is no image to webdataset
+        ("d/.jpg", "d/", "jpg"),
+        ("d.e/f/.TXT", "d.e/f/", "txt"),
+        ("d/.seg.jpg", "", ""),
+        ("d/.npy", "", ""),
+        (".jpg", "", ""),
+        ("e.jpg/", "e", "jpg"),  # as tarfile gives it, without the slash, where PAX has it
         ("000.", "", ""),
         ("folder/", "", ""),
         ("", "", ""),
@@ -48,6 +55,11 @@ def rows(*names: str, **options) -> list[int | None]:
 )
 def test_key_and_part(name: str, key: str, part: str):
     assert split_name(name) == (key, part)
+
+
+def test_a_name_of_a_megabyte_is_split_in_one_go():
+    roles = ".seg" * (1 << 18)
+    assert split_name(f"x{roles}.jpg") == ("x", f"{roles[1:]}.jpg")
 
 
 def test_an_ordinary_shard():
