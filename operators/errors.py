@@ -81,6 +81,7 @@ REASONS: dict[str, str] = {
     "decoder_died": "the image killed its decoder, or was not decoded within `timeout_s`",
     "image_too_large": "the image member has more bytes than `max_image_bytes`",
     "too_many_pixels": "the image has more pixels than `max_pixels`",
+    "several_images": "more than one image; the first of `jpg`, `png`, `jpeg`, `webp` is scored, as open_clip takes it",
     "missing_caption": "no caption member or json field",
     "caption_not_utf8": "the caption is not valid UTF-8; it is kept with replacement characters",
     "caption_too_large": "the caption has more bytes than `max_caption_bytes`; it is cut",
@@ -92,7 +93,9 @@ REASONS: dict[str, str] = {
 }
 
 # Reasons that leave the image usable: such a row is still embedded and scored.
-IMAGE_USABLE = frozenset({"missing_caption", "caption_not_utf8", "caption_too_large", "bad_json", "duplicate_key"})
+IMAGE_USABLE = frozenset(
+    {"several_images", "missing_caption", "caption_not_utf8", "caption_too_large", "bad_json", "duplicate_key"}
+)
 
 # What can be wrong with a whole shard; a shard with a problem is salvaged, quarantined or fails the run.
 SHARD_PROBLEMS: dict[str, str] = {

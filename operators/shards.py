@@ -20,7 +20,7 @@ from tarsift.operators import storage
 from tarsift.operators.errors import END_OF_SHARD, IMAGE_USABLE, ShardError
 from tarsift.operators.listing import Shard, list_shards
 from tarsift.operators.retry import take_repeated
-from tarsift.operators.samples import IMAGE_PARTS, Placed, scan_members, split_name
+from tarsift.operators.samples import IMAGE_ORDER, IMAGE_PARTS, Placed, scan_members, split_name
 from tarsift.operators.schema import SAMPLE_SCHEMA
 from tarsift.operators.streams import GZIP_MAGIC, ShardStream, open_shard
 from tarsift.operators.tar import TarDamage
@@ -195,11 +195,16 @@ class ShardCounts:
 class Sample:
     """What has been read of one sample."""
 
-    __slots__ = ("caption", "caption_size", "image", "json", "json_size", "key", "offset", "repeats", "size", "state")
+    __slots__ = (
+        *("caption", "caption_size", "image", "image_part", "json", "json_size"),
+        *("key", "offset", "repeats", "several", "size", "state"),
+    )
 
     def __init__(self, key: str, repeats: bool) -> None:
         self.key, self.repeats = key, repeats
         self.image: bytes | None = None
+        self.image_part: str | None = None
+        self.several = False  # there is more than one image
         self.offset: int | None = None
         self.size: int | None = None
         self.caption: bytes | None = None
@@ -215,12 +220,19 @@ class Sample:
         elif member.type != "file":
             self.state = self.state or "unsupported_member"
         elif placed.part in IMAGE_PARTS:
-            if self.offset is None:
-                self.image, self.offset, self.size = member.payload, member.offset, member.size
+            self._add_image(placed)
         elif placed.part == "txt":
             self.caption, self.caption_size = member.payload, member.size
         elif placed.part == "json":
             self.json, self.json_size = member.payload, member.size
+
+    def _add_image(self, placed: Placed) -> None:
+        # Of several images the one that open_clip's loader trains on is scored.
+        part, member = placed.part, placed.member
+        self.several = self.image_part is not None
+        if self.image_part is None or IMAGE_ORDER.index(part) < IMAGE_ORDER.index(self.image_part):
+            self.image_part = part
+            self.image, self.offset, self.size = member.payload, member.offset, member.size
 
     def is_whole(self, config: ReadConfig) -> bool:
         has_caption = self.caption_size >= 0 if config.captions == "txt" else self.json_size >= 0
@@ -258,6 +270,8 @@ class Sample:
             return "scattered_sample" if self.repeats else "missing_image"
         if self.image is None and self.size:
             return "image_too_large"
+        if self.several:
+            return "several_images"
         return "duplicate_key" if self.repeats else None
 
 

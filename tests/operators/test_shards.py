@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from pydantic import ValidationError
+from webdataset import WebDataset  # pyright: ignore[reportAttributeAccessIssue]
 
 from tarsift.operators.errors import END_OF_SHARD, IMAGE_USABLE, REASONS, SHARD_PROBLEMS, ShardError
 from tarsift.operators.schema import SAMPLE_SCHEMA
@@ -107,9 +108,24 @@ def test_image_extensions(tmp_path: Path, name: str):
     assert (rows[0]["image"], rows[0]["caption"], rows[0]["error"]) == (b"image", "caption", None)
 
 
-def test_the_first_of_several_images_counts(tmp_path: Path):
-    shard = put(tmp_path / "s.tar", archive([member("0.png", b"1"), member("0.jpg", b"2"), member("0.txt", b"c")]))
-    assert read(shard)[0][0]["image"] == b"1"
+@pytest.mark.parametrize(
+    ("parts", "image"),
+    [("png jpg", b"jpg"), ("jpg png", b"jpg"), ("webp jpeg png", b"png"), ("webp JPEG", b"JPEG"), ("webp", b"webp")],
+)
+def test_of_several_images_the_one_is_read_that_is_trained_on(tmp_path: Path, parts: str, image: bytes):
+    images = [member(f"0.{part}", part.encode()) for part in parts.split()]
+    shard = put(tmp_path / "s.tar", archive([*images, member("0.txt", b"c"), member("0.json", b"{")]))
+    [row], _ = read(shard)
+    assert (row["image"], fetch_member(shard, row["image_offset"], row["image_size"])) == (image, image)
+    assert row["error"] == ("several_images" if len(images) > 1 else "bad_json")
+    theirs = WebDataset(shard.url, shardshuffle=False).rename(image="jpg;png;jpeg;webp")
+    assert [sample["image"] for sample in theirs] == [image]
+
+
+def test_of_several_images_the_one_that_is_trained_on_may_be_too_large(tmp_path: Path):
+    images = [member("0.jpg", b"x" * 101), member("0.png", b"1")]
+    rows, _ = read(put(tmp_path / "s.tar", archive([*images, member("0.txt", b"c")])), max_image_bytes=100)
+    assert errors(rows) == ["image_too_large"]
 
 
 CUT = "ü" * 10
