@@ -26,6 +26,7 @@ from tarsift.operators.writer import split_shard
 from tarsift.pipelines.printing import plain
 from tarsift.pipelines.report.folds import normalise, words_of
 from tarsift.pipelines.text import JOINERS, visible
+from tests.operators.trained import unscored
 
 CORPUS = Path(__file__).parent / "corpus"
 SMALL = ReadConfig(max_image_bytes=4096, max_caption_bytes=64, max_json_bytes=4096)
@@ -33,9 +34,13 @@ HOMES = ("clean", "removed", "errored")
 
 
 def tar(data: bytes) -> None:
-    """A shard is read to the end or to a named problem; splitting it loses no sample and makes sound archives."""
+    """A shard is read to the end or to a named problem; splitting it loses no sample and makes sound archives.
+
+    Of a shard without a problem, nothing that webdataset trains on goes unscored.
+    """
     rows, problems = _read(data)
     assert all(problem in SHARD_PROBLEMS for problem in problems)
+    assert problems or not unscored(data)
     memory = fsspec.filesystem("memory")
     memory.store.clear()
     memory.store["/s.tar"] = _file(memory, "/s.tar", data)
