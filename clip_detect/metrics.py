@@ -1,7 +1,7 @@
 """How well a score finds known poison: AUROC beside what matters when samples are removed.
 
 At the rates of real poisonings an AUROC of .99 still hides thousands of clean samples above the
-poison, so each row also says what removing 1, 5 and 10 percent would catch and cost.
+poison, so `figures` also says what removing 1, 5 and 10 percent would catch and cost.
 
 For a score that is measured against several kinds of poison, `rank` sorts it once; `sweep` counts
 for one kind, and from the counts come the same figures and the curves.
@@ -10,10 +10,9 @@ for one kind, and from the counts come the same figures and the curves.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64
@@ -67,34 +66,6 @@ def clean_lost_at(
 ) -> float:
     """Return the number of clean samples lost by removing the top fraction (see `recall_at`)."""
     return float(_removed(scores, is_poison, fraction, scored)[~is_poison].sum())
-
-
-def detection_table(
-    scores: Mapping[str, Float[np.ndarray, " n"]],
-    is_poison: Bool[np.ndarray, " n"],
-    *,
-    scored: Bool[np.ndarray, " n"] | None = None,
-) -> list[dict[str, Any]]:
-    """Measure every score: one row each with `score`, `auroc`, `average_precision`, recalls and clean samples lost.
-
-    Raises:
-        ValueError: there is no poison or nothing clean among the scored samples, or shapes differ.
-    """
-    table = []
-    for name, values in scores.items():
-        row: dict[str, Any] = {
-            "score": name,
-            "auroc": auroc(values, is_poison, scored=scored),
-            "average_precision": average_precision(values, is_poison, scored=scored),
-        }
-        for fraction in FRACTIONS:
-            row[f"recall_at_{fraction:.2f}"] = recall_at(values, is_poison, fraction, scored=scored)
-            row[f"clean_lost_at_{fraction:.2f}"] = clean_lost_at(values, is_poison, fraction, scored=scored)
-        row["samples"], row["poison"] = len(is_poison), int(is_poison.sum())
-        row["unscored"] = 0 if scored is None else int((~scored).sum())
-        row["unscored_poison"] = 0 if scored is None else int((is_poison & ~scored).sum())
-        table.append(row)
-    return table
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from tarsift.clip_detect.metrics import (
     auroc,
     average_precision,
     clean_lost_at,
-    detection_table,
     figures,
     precision_recall_curve,
     rank,
@@ -46,23 +45,12 @@ def test_unscored_samples():
     values = np.where(scored, scores, np.nan)
     assert auroc(values, poison, scored=scored) == 1
     assert recall_at(values, poison, 0.5, scored=scored) == 0.5  # the unscored poison is never caught
-    row = detection_table({"s": values}, poison, scored=scored)[0]
-    assert (row["samples"], row["poison"], row["unscored"], row["unscored_poison"]) == (10, 2, 2, 1)
-
-
-def test_table():
-    table = detection_table({"good": scores, "bad": -scores}, poison)
-    assert [row["score"] for row in table] == ["good", "bad"]
-    assert table[0]["auroc"] == 1 - table[1]["auroc"] == 15 / 16
-    assert table[0]["average_precision"] == average_precision(scores, poison)
-    assert (table[0]["recall_at_0.10"], table[0]["clean_lost_at_0.10"]) == (0.5, 0)
-    assert (table[1]["recall_at_0.10"], table[1]["clean_lost_at_0.10"]) == (0, 1)
 
 
 def test_errors_teach():
     for labels in (np.zeros(10, bool), np.ones(10, bool)):
         with pytest.raises(ValueError, match="measured on both poison and clean samples"):
-            detection_table({"s": scores}, labels)
+            auroc(scores, labels)
     with pytest.raises(ValueError, match="of 8 scored samples 0 are poison"):
         auroc(scores, poison, scored=~poison)
     with pytest.raises(ValueError, match="a score is NaN"):
