@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import BinaryIO, cast
+from typing import Annotated, BinaryIO, cast
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from tarsift.operators import storage
 from tarsift.operators.samples import scan_members
@@ -32,19 +32,24 @@ FAULTS: dict[str, str] = {
     "member_missing": "a member of the source is not where its sample's verdict says",
     "surplus_member": "an output holds a member that the source has not, or has once less",
     "tail_differs": "what follows the last whole member of a damaged shard was not kept as it is",
+    "verdicts_unreadable": "the flags of the shard are gone or damaged: what became of its samples cannot be told",
     "rows_differ": "the verdicts are not one per sample of the shard",
     "keep_list_differs": "keep.parquet does not list the samples whose verdict is `clean`",
     "counts_differ": "run.json does not count what the verdicts say",
 }
 
 
+def _told(detail: str) -> str:
+    return storage.without_secrets(detail)[:300]
+
+
 class Fault(BaseModel):
-    """A code of FAULTS and where."""
+    """A code of FAULTS and where, without the passwords and signatures of URLs."""
 
     model_config = ConfigDict(frozen=True)
 
     fault: str
-    detail: str
+    detail: Annotated[str, AfterValidator(_told)]
 
 
 class ShardProof(BaseModel):
@@ -80,7 +85,7 @@ def verify_shard(
     lost = False
 
     def fault(code: str, detail: str) -> None:
-        faults.append(Fault(fault=code, detail=detail[:300]))
+        faults.append(Fault(fault=code, detail=detail))
 
     with ExitStack() as stack:
         written = {}

@@ -10,16 +10,24 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from tarsift.operators.storage import without_secrets
-from tarsift.pipelines.text import size, visible
+from tarsift.pipelines.text import blanked, command, size, visible
 
 SHOWN_SHARDS = 20
 
 
+class Screen(Console):
+    """The console of all commands: in no text on it, or in a cell of a table, do URLs show a password or signature."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(without_secrets(text), **options)
+
+
 def say(text: str, quiet: bool) -> None:
     if not quiet:
-        Console().print(text, highlight=False, markup=False, soft_wrap=True)
+        Screen().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_result(result: Any, console: Console) -> None:
@@ -99,6 +107,7 @@ STATES = {
     "silent": "no sign of life for a while; if it is dead, run the same command again",
     "died": "died; run the same command again to go on",
     "stopped": "stopped; run the same command again to go on",
+    "outdated": "out of date: an earlier pass was done anew",
     "complete": "complete",
 }
 
@@ -112,10 +121,12 @@ def print_status(status: Any, console: Console) -> None:
     for step in status.passes:
         table.add_row(step.name, f"{step.done:,}/{step.shards:,}", f"{step.samples:,}")
     console.print(table, highlight=False)
-    by = f" ({status.holder})" if status.holder and status.state != "complete" else ""
+    by = f" ({status.holder})" if status.holder and status.state not in ("complete", "outdated") else ""
     console.print(f"{STATES[status.state]}{by}", highlight=False, markup=False, soft_wrap=True)
     if status.stale:
-        console.print(f"out of date: {', '.join(status.stale)}", highlight=False)
+        again = " && ".join(command("tarsift", name, status.out) for name in status.stale)
+        redo = f"; redo with {again}" if status.state in ("outdated", "stopped") else ""
+        console.print(f"out of date: {', '.join(status.stale)}{redo}", highlight=False, markup=False, soft_wrap=True)
     if status.report:
         console.print(f"report: {status.report}", highlight=False, markup=False, soft_wrap=True)
 
@@ -187,8 +198,8 @@ def print_demo(summary: Any, out: str, console: Console) -> None:
 
 
 def write_json(value: Any) -> None:
-    """Print JSON to stdout."""
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    """Print JSON to stdout, without the passwords and signatures of its URLs."""
+    sys.stdout.write(json.dumps(blanked(value), indent=2) + "\n")
 
 
 def answer(value: Any, show: Callable[[Console], None], *, as_json: bool, quiet: bool = False) -> None:
@@ -196,7 +207,7 @@ def answer(value: Any, show: Callable[[Console], None], *, as_json: bool, quiet:
     if as_json:
         write_json(value)
     elif not quiet:
-        show(Console())
+        show(Screen())
 
 
 def plain(error: BaseException) -> str:

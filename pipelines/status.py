@@ -30,9 +30,10 @@ class Status(BaseModel):
 
     Attributes:
         state: `running`, `silent` (on another machine, and no sign of life for over DEAD_AFTER_S), `died`,
-            `stopped` (ended before all was done) or `complete`.
+            `stopped` (ended before all was done), `outdated` (all was done, and then an earlier pass anew) or
+            `complete`.
         holder: who works, or worked last, on it.
-        stale: passes that were made from an earlier state of those before them.
+        stale: passes, the report among them, that were made from an earlier state of those before them.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -64,12 +65,14 @@ def status(out: str) -> Status:
         samples = sum(record.get("rows", 0) for record in records if record["fingerprint"] == latest)
         passes.append(PassStatus(name=name, done=done, shards=len(shards), samples=samples))
     report = storage.join(run.out, "report.html")
-    stale = tuple(run.stale_passes())
-    reported = run.fingerprint_of("report") is not None and storage.exists(report)
+    made = run.fingerprint_of("report")
+    reported = made is not None and storage.exists(report)
+    told_of_before = made not in (None, run.wanted_fingerprints()["report"])
+    stale = (*run.stale_passes(), *(["report"] if told_of_before else []))
     holder = last_holder(run.out)
     return Status(
         out=run.out,
-        state=_state(holder, complete=reported and not stale),
+        state=_state(holder, ended="stopped" if not reported else "outdated" if stale else "complete"),
         holder=str(holder) if holder else "",
         passes=tuple(passes),
         stale=stale,
@@ -83,9 +86,9 @@ def passes_of(run: Run) -> tuple[str, ...]:
     return (*map(embed_name, run.roles), *density, "score", "flag", "write")
 
 
-def _state(holder: Holder | None, *, complete: bool) -> str:
+def _state(holder: Holder | None, *, ended: str) -> str:
     if holder is None or holder.released:
-        return "complete" if complete else "stopped"
+        return ended
     gone = holder.gone()
     if gone is not None:
         return "died" if gone else "running"

@@ -6,6 +6,8 @@ import shlex
 import unicodedata
 from typing import Any
 
+from tarsift.operators.storage import without_secrets
+
 SHOWN_CHARS = 280
 MARKS_IN_A_ROW = 2
 # Format characters that ordinary text needs: joiners of scripts and emoji, the soft hyphen is not one of them.
@@ -37,6 +39,15 @@ def visible(text: Any, limit: int = SHOWN_CHARS) -> str:
         elif marks <= MARKS_IN_A_ROW:
             out.append(char)
     return "".join(out).strip()
+
+
+def blanked(value: Any) -> Any:
+    """Return a value of lists, dicts and text with passwords and signatures in its URLs replaced by `***`."""
+    if isinstance(value, str):
+        return without_secrets(value)
+    if isinstance(value, dict):
+        return {key: blanked(item) for key, item in value.items()}
+    return [blanked(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def percent(share: float | int | None, digits: int = 1) -> str:

@@ -13,17 +13,16 @@ import ray
 from pydantic import BaseModel, ConfigDict
 
 from tarsift.operators import storage
-from tarsift.operators.errors import UsageError
+from tarsift.operators.errors import Interrupted, TarsiftError, UsageError
 from tarsift.operators.flag import HOMES
 from tarsift.operators.listing import Shard, list_shards
 from tarsift.operators.verify import Fault, ShardProof, verify_shard
-from tarsift.pipelines.folding import run_fold
 from tarsift.pipelines.ledger import Ledger
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.run import Run, reopen_run
 from tarsift.pipelines.session import session
 from tarsift.pipelines.tasks import side_by_side
-from tarsift.pipelines.write import HOME_COUNTS, kept_rows, shard_outputs, verdicts_of
+from tarsift.pipelines.write import kept_rows, shard_outputs, verdicts_of
 
 
 class Proof(BaseModel):
@@ -83,10 +82,14 @@ def verify(out: str, inputs: str | Sequence[str] | None = None, *, progress: Lis
     with_shards = run.config.write.shards
     faults = [Fault(fault="unknown_shard", detail=name) for name in sorted(given.keys() - set(run.names))]
     with session():
+        homes, unreadable = _count_verdicts(run)
         entries = Ledger(run.out, "write", written_print).entries(run.names) if with_shards else {}
-        proofs = _compare_shards(run, given, entries, progress) if with_shards else {}
-        faults += _compare_counts(run)
-    faults += _compare_keep_list(run)
+        proofs = _compare_shards(run, given, entries, unreadable, progress) if with_shards else {}
+    if unreadable:  # nothing to compare counts and list with
+        faults += [] if with_shards else unreadable.values()
+    else:
+        faults += _compare_counts(run, homes)
+        faults += _compare_keep_list(run)
     return Proof(
         out=run.out,
         shards=tuple(proofs[name] for name in sorted(proofs)),
@@ -96,15 +99,42 @@ def verify(out: str, inputs: str | Sequence[str] | None = None, *, progress: Lis
     )
 
 
+def _count_verdicts(run: Run) -> tuple[Counter[str], dict[str, Fault]]:
+    """Return the samples by home over all shards, and the shards whose verdicts cannot be read."""
+    homes: Counter[str] = Counter()
+    unreadable = {}
+    for name, (result,) in side_by_side(_verdicts_of_shard, ((name, (name, run.out)) for name in run.names)):
+        told = ray.get(result)
+        if isinstance(told, Fault):
+            unreadable[name] = told
+        else:
+            homes += told
+    return homes, unreadable
+
+
+def _verdicts_of_shard(name: str, out: str) -> Counter[str] | Fault:
+    try:
+        return Counter(verdicts_of(name, out))
+    except Interrupted:
+        raise
+    except (OSError, ValueError, KeyError, pa.ArrowException, TarsiftError) as error:
+        return Fault(fault="verdicts_unreadable", detail=f"{name}: {error}")
+
+
 def _compare_shards(
-    run: Run, given: Mapping[str, Shard], entries: Mapping[str, Mapping[str, Any]], progress: Listener
+    run: Run,
+    given: Mapping[str, Shard],
+    entries: Mapping[str, Mapping[str, Any]],
+    unreadable: Mapping[str, Fault],
+    progress: Listener,
 ) -> dict[str, ShardProof]:
     proofs: dict[str, ShardProof] = {}
     calls = []
     for name in run.names:
         code = "source_missing" if name not in given else "not_written" if name not in entries else None
-        if code:
-            proofs[name] = ShardProof(shard=name, members={}, bytes=0, faults=(Fault(fault=code, detail=name),))
+        fault = Fault(fault=code, detail=name) if code else unreadable.get(name)
+        if fault:
+            proofs[name] = ShardProof(shard=name, members={}, bytes=0, faults=(fault,))
         else:
             calls.append((name, (given[name], run.out, entries[name])))
     progress(Event("verify", len(proofs), len(run.names)))
@@ -127,8 +157,7 @@ def _verify_shard(shard: Shard, out: str, entry: Mapping[str, Any]) -> ShardProo
     )
 
 
-def _compare_counts(run: Run) -> list[Fault]:
-    homes = run_fold(HOME_COUNTS, run.names, [storage.join(run.out, "flags")])
+def _compare_counts(run: Run, homes: Mapping[str, int]) -> list[Fault]:
     counted = {name: homes.get(home, 0) for name, home in zip(("kept", "removed", "errored"), HOMES, strict=True)}
     stated = {name: run.content.get("counts", {}).get(name) for name in counted}
     return [] if counted == stated else [Fault(fault="counts_differ", detail=f"verdicts {counted}, run.json {stated}")]
@@ -144,7 +173,7 @@ def _compare_keep_list(run: Run) -> list[Fault]:
                 if found != wanted:
                     return [Fault(fault="keep_list_differs", detail=f"{wanted} by the verdicts, {found} in {url}")]
             surplus = next(listed, None)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         return [Fault(fault="keep_list_differs", detail=f"{url}: {error}")]
     return [Fault(fault="keep_list_differs", detail=f"{surplus} in {url} was not kept")] if surplus else []
 

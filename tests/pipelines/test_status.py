@@ -1,15 +1,16 @@
-"""`status` and `doctor`: what they tell of a result folder and of a machine."""
+"""`status`: what it tells of a result folder."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 
 from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
-from tarsift.pipelines import doctor, lock
+from tarsift.pipelines import lock
 from tarsift.pipelines.clean import clean, embed_step
 from tarsift.pipelines.config import load_config
 from tarsift.pipelines.run import open_run
@@ -50,6 +51,23 @@ def test_of_runs_that_stopped_and_are_complete(folder, monkeypatch, capsys):
         status(str(folder))
 
 
+def test_a_report_from_before_a_pass_that_was_done_anew_is_out_of_date(folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "done"
+    shutil.copytree(folder / "done", out)
+    run(monkeypatch, capsys, "flag", str(out), "--fraction", "0.2", "-q")
+    flagged = status(str(out))
+    assert (flagged.state, flagged.stale) == ("outdated", ("write", "report"))
+    run(monkeypatch, capsys, "write", str(out), "-q")
+    written = status(str(out))
+    assert (written.state, written.stale) == ("outdated", ("report",))
+    code, text, _ = run(monkeypatch, capsys, "status", str(out))
+    assert code == 0
+    assert "complete" not in text
+    assert f"out of date: report; redo with tarsift report {out}" in text
+    run(monkeypatch, capsys, "report", str(out), "-q")
+    assert status(str(out)).state == "complete"
+
+
 @pytest.mark.parametrize(
     ("changes", "state"),
     [
@@ -71,36 +89,3 @@ def test_of_runs_that_did_not_release_their_lock(folder, changes, state):
         assert status(out).state == state
     finally:
         storage.remove(lock._url(out, 99))
-
-
-def test_the_doctor_finds_this_machine_well(tmp_path, monkeypatch, capsys):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    findings = {f.name: f for f in doctor.examine([str(tmp_path)])}
-    assert {"python", "tarsift", "import names", "torch", "faiss", "ray", "space", "cpus"} <= findings.keys()
-    assert not [f for f in findings.values() if f.state == doctor.BROKEN]
-    assert findings[str(tmp_path)].state == doctor.OK
-    code, out, _ = run(monkeypatch, capsys, "doctor")
-    assert code == 0
-    assert "faiss" in out
-
-
-def test_the_doctor_names_what_is_broken(tmp_path, monkeypatch, capsys):
-    builds = {"faiss-cpu": "1.15", "faiss-gpu": "1.15"}
-    monkeypatch.setattr(doctor, "version", lambda name: builds.get(name, "1.0"))
-    [clash] = doctor._guarded(doctor._faiss)
-    assert clash.state == doctor.BROKEN
-    assert "uninstall both" in clash.remedy
-    monkeypatch.setattr(doctor, "requires", lambda _: ["ray>=2.59", "nosuch>=1; python_version>'3'"])
-    assert [f.name for f in doctor._guarded(doctor._packages) if f.state == doctor.BROKEN] == ["ray"]
-
-    def broken():
-        raise ImportError("libtorch.so is missing")
-        yield
-
-    [told] = doctor._guarded(broken)
-    assert told.state == doctor.BROKEN
-    assert "libtorch" in told.detail
-    monkeypatch.undo()
-    code, out, _ = run(monkeypatch, capsys, "doctor", "nosuch://bucket/x", str(tmp_path / "not-yet"))
-    assert code == 1
-    assert "nothing is there" in out

@@ -79,6 +79,16 @@ def test_lists_and_counts_must_agree_with_the_verdicts(copy):
     assert faults(copy) == ["counts_differ"]
 
 
+def test_flags_that_are_gone_or_damaged_are_a_fault_of_their_shard(copy, monkeypatch, capsys):
+    (copy / "flags" / "00000.parquet").unlink()
+    (copy / "flags" / "00001.parquet").write_bytes(b"PAR1 no more")
+    code, out, err = run(monkeypatch, capsys, "verify", str(copy), "--json")
+    told = json.loads(out)
+    assert code == 4, err
+    assert [[f["fault"] for f in shard["faults"]] for shard in told["shards"]] == [["verdicts_unreadable"]] * 2 + [[]]
+    assert told["faults"] == []  # counts and list have nothing to be compared with
+
+
 def test_shards_that_are_missing_or_unknown(cleaned, copy, tmp_path):
     some = tmp_path / "some"
     shutil.copytree(cleaned / "dump", some)
@@ -105,3 +115,5 @@ def test_lists_only(cleaned, encoder, tmp_path):
     proof = verify(str(out))
     assert proof.holds
     assert not proof.with_shards
+    (out / "flags" / "00000.parquet").unlink()
+    assert faults(out) == ["verdicts_unreadable"]
