@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
+import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import Annotated
 
 from packaging.requirements import Requirement
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
-from tarsift.pipelines.text import size
+from tarsift.operators.retry import first_contact
+from tarsift.pipelines.installed import providers, shadows
+from tarsift.pipelines.text import count, size
 
-FREE_BYTES = 10 << 30  # of the folder where Ray spills what does not fit into memory
+FREE_BYTES = 10 << 30  # of the folder where Ray spills what does not fit into memory, and of result folders
 SHARED_BYTES = 2 << 30  # of /dev/shm, where Ray keeps what is on its way from stage to stage
+ANSWER_S = 30.0  # for a node of the cluster; one that is well answers in a second or two
 OK, WARNING, BROKEN = "ok", "warning", "broken"
+
+Told = Annotated[str, AfterValidator(storage.without_secrets)]
 
 
 class Finding(BaseModel):
@@ -29,14 +37,18 @@ class Finding(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    name: str
+    name: Told
     state: str
-    detail: str
+    detail: Told
     remedy: str = ""
 
 
-def examine(urls: Sequence[str] = ()) -> list[Finding]:
-    """Look at everything that a run needs; `urls` are dumps and result folders to reach.
+def examine(urls: Sequence[str] = (), *, write: bool = False) -> list[Finding]:
+    """Look at everything that a run needs.
+
+    Args:
+        urls: dumps and result folders to reach.
+        write: also write a tiny file to each of them, and remove it.
 
     Example:
         >>> [f.name for f in examine(["s3://bucket/cc3m/"]) if f.state == "broken"]  # doctest: +SKIP
@@ -46,14 +58,20 @@ def examine(urls: Sequence[str] = ()) -> list[Finding]:
         _python, _packages, _import_names, _torch, _faiss, _ray, _space, _threads,
     ]  # fmt: skip
     found = [finding for check in checks for finding in _guarded(check)]
-    return found + [finding for url in urls for finding in _guarded(lambda url=url: _reach(url))]
+    return found + places(urls, write=write)
 
 
-def _guarded(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
+def places(urls: Sequence[str], *, write: bool = False) -> list[Finding]:
+    """Look at the places that `examine` is asked to look at: can they be listed and written to, is there room?"""
+    looks: list[Callable[[str], Iterator[Finding]]] = [_reach, _room, *([_write] if write else [])]
+    return [found for url in urls for look in looks for found in _guarded(partial(look, url), name=url)]
+
+
+def _guarded(check: Callable[[], Iterator[Finding]], name: str = "") -> list[Finding]:
     try:
         return list(check())
     except Exception as error:  # whatever a broken installation raises is what is to be told
-        name = check.__name__.strip("_").replace("_", " ")
+        name = name or check.__name__.strip("_").replace("_", " ")
         return [Finding(name=name, state=BROKEN, detail=f"{type(error).__name__}: {error}")]
 
 
@@ -85,18 +103,15 @@ def _packages() -> Iterator[Finding]:
 
 
 def _import_names() -> Iterator[Finding]:
-    """Tell whether something else stands in the way of a package's name."""
+    """Tell whether a file or folder of somebody's own stands in the way of a package's name."""
+    for name, origin in shadows():
+        yield Finding(
+            name="import names",
+            state=WARNING,
+            detail=f"`import {name}` finds {origin}, not what is installed",
+            remedy="rename it, run from another folder, or take its folder out of PYTHONPATH",
+        )
     home = Path(str(importlib.import_module("tarsift").__file__)).parent
-    for name in ("tarsift", "ray", "torch", "webdataset", "faiss"):
-        spec = importlib.util.find_spec(name)
-        origin = Path(spec.origin) if spec and spec.origin else None
-        if origin and origin.is_relative_to(Path.cwd()) and home.parent != Path.cwd() and ".venv" not in origin.parts:
-            yield Finding(
-                name="import names",
-                state=WARNING,
-                detail=f"`import {name}` finds {origin}",
-                remedy="run from another folder, or rename what lies there",
-            )
     yield Finding(name="import names", state=OK, detail=f"tarsift is {home}")
 
 
@@ -120,14 +135,9 @@ def _torch() -> Iterator[Finding]:
 
 
 def _faiss() -> Iterator[Finding]:
-    builds = []
-    for name in ("faiss-cpu", "faiss-gpu"):
-        try:
-            builds.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
+    builds = [f"{name} {number}" for name, number in providers("faiss").items()]
     if len(builds) > 1:
-        remedy = "uninstall both, then install one: they overwrite each other's files"
+        remedy = "uninstall all of them, then install one: they overwrite each other's files"
         yield Finding(name="faiss", state=BROKEN, detail=" and ".join(builds), remedy=remedy)
     elif not builds:
         remedy = "pip install 'tarsift[cpu]' or 'tarsift[gpu]' for faiss"
@@ -138,7 +148,7 @@ def _faiss() -> Iterator[Finding]:
 
 
 def _ray() -> Iterator[Finding]:
-    """Tell which Ray a run would use; joins the cluster of RAY_ADDRESS, which refuses other versions."""
+    """Tell which Ray a run would use; joins the cluster of RAY_ADDRESS and asks each of its nodes."""
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
@@ -148,21 +158,70 @@ def _ray() -> Iterator[Finding]:
     from tarsift.pipelines.session import session
 
     with session():
-        nodes = [node for node in ray.nodes() if node["Alive"]]
         resources = ray.cluster_resources()
-        python = ray.get(ray.remote(num_cpus=0)(_python_version).remote())
-    detail = f"{ray.__version__} at {address}: {len(nodes)} nodes, {resources.get('CPU', 0):g} CPUs"
-    detail += f", {resources.get('GPU', 0):g} GPUs"
-    if python != _python_version():
-        remedy = "use one Python version on driver and workers"
-        detail += f"; Python {python} there, {_python_version()} here"
-        yield Finding(name="ray", state=BROKEN, detail=detail, remedy=remedy)
-    else:
-        yield Finding(name="ray", state=OK, detail=detail)
+        told = _ask_nodes()
+    detail = f"{ray.__version__} at {address}: {count(len(told), 'node')}, {resources.get('CPU', 0):g} CPUs"
+    yield Finding(name="ray", state=OK, detail=f"{detail}, {resources.get('GPU', 0):g} GPUs")
+    yield from _compare_nodes(told, _version_teller()())
 
 
-def _python_version() -> str:
-    return sys.version.split()[0]
+def _version_teller() -> Callable[[], dict[str, str]]:
+    """Return a function that tells what must be the same on all machines of a cluster.
+
+    As an inner function it is sent to a node as code, not as a name to be imported: tarsift may be missing there.
+    """
+
+    def tell() -> dict[str, str]:
+        import sys
+        from importlib.metadata import PackageNotFoundError, version
+
+        found = {"Python": ".".join(map(str, sys.version_info[:2]))}
+        for name in ("ray", "tarsift"):
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                found[name] = "not installed"
+        return found
+
+    return tell
+
+
+def _ask_nodes() -> list[tuple[str, dict[str, str] | str]]:
+    """Return every node of the cluster with its versions, or with why it did not tell them."""
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(num_cpus=0, max_retries=0)(_version_teller())
+    asked = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            asked.append((node["NodeManagerAddress"], task.options(scheduling_strategy=there).remote()))
+    answered, _ = ray.wait([ref for _, ref in asked], num_returns=len(asked), timeout=ANSWER_S)
+    told: list[tuple[str, dict[str, str] | str]] = []
+    for node, ref in asked:
+        try:
+            told.append((node, ray.get(ref) if ref in answered else f"no answer within {ANSWER_S:g} s"))
+        except RayError as error:
+            told.append((node, f"cannot run a task ({type(error).__name__})"))
+    return told
+
+
+def _compare_nodes(told: Sequence[tuple[str, Mapping[str, str] | str]], here: Mapping[str, str]) -> Iterator[Finding]:
+    """Name the nodes that run nothing or have other versions than this machine, those of one kind together."""
+    alike: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for node, versions in told:
+        if isinstance(versions, str):
+            alike[versions, "look at the logs of that node's raylet, or take it out of the cluster"].append(node)
+            continue
+        other = [f"{name} {versions[name]} (here {mine})" for name, mine in here.items() if versions[name] != mine]
+        if other:
+            remedy = "install the same everywhere: one Python, and tarsift from one checkout with -c constraints.txt"
+            alike[", ".join(other), remedy].append(node)
+    for (what, remedy), nodes in alike.items():
+        which = ", ".join(nodes[:5]) + (f" and {len(nodes) - 5} more" if len(nodes) > 5 else "")
+        yield Finding(name="ray nodes", state=BROKEN, detail=f"{which}: {what}", remedy=remedy)
 
 
 def _space() -> Iterator[Finding]:
@@ -170,10 +229,14 @@ def _space() -> Iterator[Finding]:
     if os.path.isdir("/dev/shm"):
         places.append(("/dev/shm", SHARED_BYTES, "Ray keeps its object store there; in a container give --shm-size"))
     for folder, wanted, what in places:
-        free = shutil.disk_usage(folder).free
-        state = OK if free >= wanted else WARNING
-        remedy = "" if state == OK else f"{what}; {size(wanted)} or more are better"
-        yield Finding(name="space", state=state, detail=f"{size(free)} free in {folder}", remedy=remedy)
+        yield _free(folder, wanted, what)
+
+
+def _free(folder: str, wanted: int, what: str) -> Finding:
+    free = shutil.disk_usage(folder).free
+    state = OK if free >= wanted else WARNING
+    remedy = "" if state == OK else f"{what}; {size(wanted)} or more are better"
+    return Finding(name="space", state=state, detail=f"{size(free)} free in {folder}", remedy=remedy)
 
 
 def _threads() -> Iterator[Finding]:
@@ -197,3 +260,33 @@ def _reach(url: str) -> Iterator[Finding]:
         yield Finding(name=url, state=WARNING, detail="nothing is there (yet)")
     else:
         yield Finding(name=url, state=OK, detail="can be listed" if names else "can be listed, and is empty")
+
+
+def _room(url: str) -> Iterator[Finding]:
+    """Tell how much room there is in a local folder, or where it would be made."""
+    if storage.is_local(url):
+        yield _free(_nearest_folder(url), FREE_BYTES, "a result folder takes as much as its dump, and more")
+
+
+def _write(url: str) -> Iterator[Finding]:
+    """Write a tiny file, read it and remove it; makes no folder."""
+    folder = _nearest_folder(url) if storage.is_local(url) else url
+    probe, data = storage.join(folder, f"tarsift-doctor-{secrets.token_hex(8)}"), secrets.token_bytes(8)
+    try:
+        with first_contact():
+            storage.put_bytes(probe, data)
+            same = storage.read_bytes(probe) == data
+            storage.remove(probe)
+    except Exception as error:  # drivers raise errors of their own
+        remedy = "check the permissions to put, get and delete; a dump need not be writable, a result folder must"
+        detail = f"cannot be written: {type(error).__name__}: {error}"
+        yield Finding(name=url, state=BROKEN, detail=detail, remedy=remedy)
+        return
+    detail = "can be written" if same else "what was written reads back as something else"
+    yield Finding(name=url, state=OK if same else BROKEN, detail=f"{detail} (a tiny file in {folder}, removed again)")
+
+
+def _nearest_folder(url: str) -> str:
+    """Return the folder of a local path, or the nearest one above it that exists."""
+    path = Path(storage.filesystem(url)[1])
+    return str(next(folder for folder in (path, *path.parents) if folder.is_dir()))

@@ -20,12 +20,13 @@ from tarsift.operators.sides import DETECT, ROLES, WITNESS
 from tarsift.pipelines.commit import PassResult
 from tarsift.pipelines.config import CleanConfig, parse_config, put_setting, refuse_changes
 from tarsift.pipelines.failures import failures_told
+from tarsift.pipelines.installed import providers
 from tarsift.pipelines.ledger import Ledger, RunFile, fingerprint
 from tarsift.pipelines.lock import hold
 from tarsift.pipelines.progress import Listener, silent
 from tarsift.pipelines.session import session
 
-PACKAGES = ("ray", "torch", "open_clip_torch", "faiss-cpu", "faiss-gpu", "pyarrow", "numpy", "Pillow", "tarsift")
+PACKAGES = ("ray", "torch", "open_clip_torch", "pyarrow", "numpy", "Pillow", "tarsift")
 
 # Settings that the result of a pass depends on beside those of the passes before it; that of embedding: all others.
 SETTINGS_OF = {"score": ("reference", "suspicion", "mismatch"), "flag": ("flag",), "write": ("write",), "report": ()}
@@ -298,7 +299,7 @@ def _new_content(config: CleanConfig, inputs: list[dict[str, Any]]) -> dict[str,
 
 def package_versions() -> dict[str, str]:
     """Versions of what a result may depend on."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), **providers("faiss")}
     for name in PACKAGES:
         try:
             found[name] = version(name)

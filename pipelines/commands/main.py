@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from tarsift.operators.errors import EXIT_CODES
 from tarsift.pipelines.options import (
@@ -38,7 +37,15 @@ from tarsift.pipelines.options import (
     spread_settings,
     verdict_settings,
 )
-from tarsift.pipelines.printing import answer, print_audit, print_demo, print_proof, print_result, print_status
+from tarsift.pipelines.printing import (
+    Screen,
+    answer,
+    print_audit,
+    print_demo,
+    print_proof,
+    print_result,
+    print_status,
+)
 from tarsift.pipelines.progress import shown_progress
 
 commands = typer.Typer()
@@ -85,7 +92,7 @@ def clean(
         "write.shards": False if no_shards else None,
     }
     settings = compose(config, set_, flags)
-    console = Console()
+    console = Screen()
     plan = make_plan(shards, out, settings)
     if dry_run:
         render_plan(plan, console)
@@ -165,4 +172,4 @@ def demo(
     with shown_progress(quiet) as progress:
         summary = recipe(out, config, progress=progress)
     if not quiet:
-        print_demo(summary, out, Console())
+        print_demo(summary, out, Screen())

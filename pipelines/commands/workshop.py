@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from tarsift.clip_detect.triggers import ATTACKS
 from tarsift.operators.errors import EXIT_CODES, ConfigError, UsageError
@@ -20,7 +19,7 @@ from tarsift.pipelines.options import (
     Shards,
     checked,
 )
-from tarsift.pipelines.printing import answer, plain, print_evaluation, print_findings, say
+from tarsift.pipelines.printing import Screen, answer, plain, print_evaluation, print_findings, say
 from tarsift.pipelines.progress import shown_progress
 
 commands = typer.Typer()
@@ -137,7 +136,7 @@ def evaluate(
     except UsageError as error:
         if page is not None:
             raise
-        Console(stderr=True).print(
+        Screen(stderr=True).print(
             f"[bold]no page:[/bold] {plain(error)} --page FILE.html puts it elsewhere.", highlight=False, soft_wrap=True
         )
 
@@ -147,13 +146,19 @@ def doctor(
     urls: Annotated[
         list[str] | None, typer.Argument(metavar="[URLS...]", help="Dumps and result folders to reach.")
     ] = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="Write a tiny file to each of URLS as well, and remove it.")
+    ] = False,
     json_: AsJson = False,
 ) -> None:
-    """Say what works on this machine, what does not, and what to do: exit code 1 if something is broken."""
+    """Say what works on this machine, what does not, and what to do: exit code 1 if something is broken.
+
+    With RAY_ADDRESS set it asks every node of that cluster; nothing is written unless --write is given.
+    """
     from tarsift.pipelines.doctor import BROKEN, examine
 
     with shown_progress(quiet=True):
-        findings = examine(urls or ())
+        findings = examine(urls or (), write=write)
     answer(
         [finding.model_dump() for finding in findings], lambda console: print_findings(findings, console), as_json=json_
     )
