@@ -145,7 +145,7 @@ class AuditShard:
             self._compare_parquet(parquet, keys, found)
         audit = ShardAudit(
             shard=shard.name,
-            url=shard.url,
+            url=storage.without_secrets(shard.url),
             samples=counts.rows,
             members=counts.members,
             bytes=size,
@@ -234,7 +234,7 @@ class Findings:
         self._counts[problem] += count
         examples = self._examples.setdefault(problem, [])
         if len(examples) < EXAMPLES:
-            examples.append(place[:300])
+            examples.append(storage.without_secrets(place)[:300])
 
     def take_in(self, problems: Iterable[Problem]) -> None:
         for problem in problems:

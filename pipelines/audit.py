@@ -13,6 +13,7 @@ import ray
 from pydantic import BaseModel, ConfigDict
 from ray.exceptions import OutOfMemoryError, RayError, WorkerCrashedError
 
+from tarsift.operators import storage
 from tarsift.operators.audit import EXAMPLES, AuditShard, Findings, Problem, ShardAudit, shared_uids
 from tarsift.operators.decoding import ImageConfig
 from tarsift.operators.shards import ReadConfig, Shard, list_shards
@@ -146,8 +147,8 @@ def _died(shard: Shard, error: RayError) -> ShardAudit:
     told = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     problem = Problem(problem="reader_died", count=1, examples=(told,))
     return ShardAudit(
-        shard=shard.name, url=shard.url, samples=0, members=0, bytes=shard.size, sha256="", compressed=False,
-        digests_checked=0, problems=(problem,),
+        shard=shard.name, url=storage.without_secrets(shard.url), samples=0, members=0, bytes=shard.size, sha256="",
+        compressed=False, digests_checked=0, problems=(problem,),
     )  # fmt: skip
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from typing import Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
-from tarsift.operators.errors import Interrupted, TarsiftError
+from tarsift.operators.errors import EXIT_CODES, Interrupted, TarsiftError
+from tarsift.operators.storage import without_secrets
 from tarsift.pipelines.commands import main as main_commands
 from tarsift.pipelines.commands import passes, workshop
-from tarsift.pipelines.printing import plain
+from tarsift.pipelines.printing import Screen, plain
 from tarsift.pipelines.stopping import stop_on_signals
 from tarsift.pipelines.supervisor import supervised
 
@@ -46,12 +47,15 @@ def main() -> None:
     """Run the command line; exit codes are those of `tarsift.operators.errors.EXIT_CODES`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     stop_on_signals()
-    err = Console(stderr=True)
+    err = Screen(stderr=True)
     try:
         app()
     except TarsiftError as error:
         err.print(f"[bold red]error:[/bold red] {plain(error)}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
+    except Exception:  # not foreseen, so told in full, as Python would; drivers put whole URLs into their errors
+        sys.stderr.write(without_secrets(traceback.format_exc()))
+        sys.exit(EXIT_CODES["failed"])
 
 
 def program() -> None:

@@ -17,7 +17,7 @@ from tarsift.pipelines.embed import embed_fingerprint
 from tarsift.pipelines.fitting import TRUSTED
 from tarsift.pipelines.ledger import Ledger
 from tarsift.pipelines.run import embed_name, open_run
-from tarsift.pipelines.text import size
+from tarsift.pipelines.text import blanked, size
 
 
 @dataclass(frozen=True)
@@ -133,4 +133,4 @@ def render_plan(plan: Plan, console: Console) -> None:
         facts.add_row("coverage", plan.coverage)
     console.print(facts, highlight=False)
     console.print("settings", highlight=False)
-    console.print(yaml.safe_dump(plan.config, sort_keys=False), highlight=False, markup=False)
+    console.print(yaml.safe_dump(blanked(plan.config), sort_keys=False), highlight=False, markup=False)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from tarsift.operators.storage import without_secrets
+
 
 @dataclass(frozen=True)
 class Event:
@@ -53,7 +55,7 @@ class PlainLines:
         state = "done" if event.finished else "..."
         note = f"  {event.note}" if event.note else ""
         line = f"{event.name}: {event.done}/{event.total} {event.unit}{samples}{rate}, {elapsed:.0f} s {state}{note}"
-        print(line, file=self.stream, flush=True)
+        print(without_secrets(line), file=self.stream, flush=True)
         if event.finished:
             self._started.pop(event.name, None)
 
@@ -88,7 +90,7 @@ class RichBars:
         task, start = self._tasks[event.name]
         elapsed = time.monotonic() - start
         rate = f"{event.samples / elapsed:,.0f} samples/s" if event.samples and elapsed > 0.05 else ""
-        self._bars.update(task, completed=event.done, total=event.total, detail=event.note or rate)
+        self._bars.update(task, completed=event.done, total=event.total, detail=without_secrets(event.note) or rate)
         if event.finished:
             self._bars.stop_task(task)
             self._tasks.pop(event.name)

@@ -9,13 +9,12 @@ import numpy as np
 import yaml
 
 from tarsift.operators.errors import REASONS, SHARD_PROBLEMS
-from tarsift.operators.storage import without_secrets
 from tarsift.pipelines.report.answers import HONESTY, TELLING_SHARE, answers, group_name
 from tarsift.pipelines.report.charts import columns_svg, histogram_svg
 from tarsift.pipelines.report.data import Evidence, ReportConfig, first_role, shards_of_run
 from tarsift.pipelines.report.gallery import Nearest, card_views, group_views
 from tarsift.pipelines.report.pictures import Thumbnails
-from tarsift.pipelines.text import command
+from tarsift.pipelines.text import blanked, command
 
 ROWS_SHOWN = 5
 PROBLEMS_SHOWN = 100
@@ -39,6 +38,7 @@ def page(
     out: str, run: dict[str, Any], evidence: Evidence, nearest: Nearest, thumbs: Thumbnails, config: ReportConfig
 ) -> dict[str, Any]:
     """Make everything that the template shows."""
+    out, run = blanked(out), blanked(run)  # the page is passed on, `run.json` keeps the URLs whole
     counts = _counts(run, evidence)
     threshold, reference = run.get("threshold") or {}, run.get("reference") or {}
     inputs = run.get("inputs") or ()
@@ -74,7 +74,7 @@ def page(
         "reference": reference,
         "passes": [{"repeated_requests": 0, "name": name, **p} for name, p in (run.get("passes") or {}).items()],
         "stale": run.get("stale") or [],
-        "config_text": without_secrets(yaml.safe_dump(run.get("config") or {}, sort_keys=False, width=100)),
+        "config_text": yaml.safe_dump(run.get("config") or {}, sort_keys=False, width=100),
         "versions": run.get("versions") or {},
     }
 
