@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tarsift.operators import storage
 from tarsift.operators.decoding import ImageConfig, UnusableImage, decode_image, strict_pillow
-from tarsift.operators.errors import REASONS, SHARD_PROBLEMS
+from tarsift.operators.errors import REASONS, SHARD_PROBLEMS, TarsiftError
 from tarsift.operators.isolation import HANG_IMAGES, IsolatedDecoder, killed_after
 from tarsift.operators.shards import ReadConfig, Sample, Shard, ShardCounts, read_samples, unreadable
 from tarsift.operators.streams import open_shard
@@ -197,7 +197,9 @@ class AuditShard:
                     listed.add(hashed)
                     if hashed not in keys:
                         found.add("parquet_mismatch", f"{key} is listed but not in the shard")
-        except (OSError, ValueError, pa.ArrowException) as error:
+        except TarsiftError:
+            raise  # a store that does not answer is no fault of the file
+        except Exception as error:  # of pyarrow, or of whatever has registered a type there
             found.add("sidecar_unreadable", f"{url}: {type(error).__name__}: {error}")
             return
         extra = len(keys - listed) if listed else 0
@@ -213,10 +215,19 @@ def _try(decode: Callable[[bytes], Any], image: bytes, key: str, found: Findings
 
 
 def _downloaded(file: Any) -> Iterator[str]:
-    """Yield the keys that img2dataset says are in the shard; none if the file is of another make."""
+    """Yield the keys that img2dataset says are in the shard; none if the file is of another make.
+
+    Raises:
+        ValueError: if what should be text is of an extension type. Ray registers one whose values are pickles, and
+            where it is loaded, looking at a value would run what the file says.
+    """
     parquet = pq.ParquetFile(file)
     if not {"key", "status"} <= set(parquet.schema_arrow.names):
         return
+    for name in ("key", "status"):
+        kind = parquet.schema_arrow.field(name).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
+            raise ValueError(f"the column {name!r} is not of text or numbers")
     for batch in parquet.iter_batches(columns=["key", "status"]):
         for key, status in zip(batch["key"].to_pylist(), batch["status"].to_pylist(), strict=True):
             if status == "success":

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import pickle
 import random
 from pathlib import Path
 
@@ -196,6 +197,36 @@ def test_the_parquet_of_img2dataset(tmp_path: Path):
     assert look(shard).whole
     path.write_bytes(b"PAR1 is not enough")
     assert found(look(shard)) == {"sidecar_unreadable": 1}
+
+
+class Bomb:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    "name", ["arrow_pickled_object", "arrow_tensor", "arrow_tensor_v2", "arrow_variable_shaped_tensor"]
+)
+@pytest.mark.parametrize("column", ["key", "other"])
+def test_types_that_ray_registers_run_nothing(name: str, column: str, tmp_path: Path):
+    pytest.importorskip("ray.data._internal.object_extensions.arrow")
+    pytest.importorskip("ray.data._internal.tensor_extensions.arrow")
+    shard, bomb = put(tmp_path, archive(members())), pickle.dumps(Bomb(tmp_path / "ran"))
+    stored = pa.large_binary() if name == "arrow_pickled_object" else pa.list_(pa.binary())
+    value = bomb if name == "arrow_pickled_object" else [bomb]
+    about = {b"ARROW:extension:name": f"ray.data.{name}".encode(), b"ARROW:extension:metadata": bomb}
+    fields = {"key": pa.field("key", pa.string()), "status": pa.field("status", pa.string())}
+    fields[column] = pa.field(column, stored, metadata=about)
+    values = {"key": ["0000"], "status": ["success"], "other": ["x"], column: [value]}
+    pq.write_table(pa.table({n: values[n] for n in fields}, schema=pa.schema(fields.values())), tmp_path / "s.parquet")
+    counted = found(look(shard))
+    assert not (tmp_path / "ran").exists()
+    assert {"sidecar_unreadable", "parquet_mismatch"} & counted.keys()
 
 
 def test_shared_uids():
