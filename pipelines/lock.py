@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -41,10 +41,11 @@ class Holder:
     beat: int = 0
     at: str = ""
     released: bool = False
+    kernel: str = ""  # see `_kernel`; records of earlier versions have none
 
     def gone(self) -> bool | None:
-        """Tell whether the process has ended; None if it is not one of this machine."""
-        if self.host != platform.node():
+        """Tell whether the process has ended; None if its number says nothing here: another machine, or a container."""
+        if (self.host, self.kernel) != (platform.node(), _kernel()):
             return None
         return _start_of(self.pid) != self.started
 
@@ -52,6 +53,7 @@ class Holder:
         return f"process {self.pid} on {self.host}, since {self.since}"
 
 
+_FIELDS = {field.name for field in fields(Holder)}
 _held: dict[str, _Lock] = {}
 
 
@@ -87,7 +89,11 @@ def fence(out: str) -> None:
 
 def last_holder(out: str) -> Holder | None:
     """Return who holds, or last held, a result folder; None if nobody ever did."""
-    for number in reversed(_numbers(out)):
+    return _newest(out, _numbers(out))
+
+
+def _newest(out: str, numbers: list[int]) -> Holder | None:
+    for number in reversed(numbers):
         holder = _read(out, number)
         if holder:
             return holder
@@ -95,13 +101,13 @@ def last_holder(out: str) -> Holder | None:
 
 
 def _take(out: str) -> Holder:
-    before = last_holder(out)
+    numbers = _numbers(out)  # once: who came while a dead holder was watched has the number that is taken below
+    before = _newest(out, numbers)
     if before and not before.released:
         _wait_until_dead(out, before)
-    numbers = _numbers(out)
     number = numbers[-1] + 1 if numbers else 1
-    now = _now()
-    me = Holder(number, platform.node(), os.getpid(), _start_of(os.getpid()), since=now, at=now)
+    now, pid = _now(), os.getpid()
+    me = Holder(number, platform.node(), pid, _start_of(pid), since=now, at=now, kernel=_kernel())
     if not storage.create(_url(out, number), _bytes(me)):
         raise BusyError(f"another run has just begun to work on {out}; wait for it, or give another --out.")
     return me
@@ -166,13 +172,27 @@ def _bytes(holder: Holder) -> bytes:
 
 def _read(out: str, number: int) -> Holder | None:
     try:
-        return Holder(**json.loads(storage.read_bytes(_url(out, number))))
+        record = dict(json.loads(storage.read_bytes(_url(out, number))))
+        return Holder(**{name: value for name, value in record.items() if name in _FIELDS})  # also of later versions
     except (FileNotFoundError, ValueError, TypeError):
         return None
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _kernel() -> str:
+    """Return what tells one numbering of processes from another: boot and PID namespace; "" where there is no /proc.
+
+    Names of machines do not: containers may carry that of their host, and clones that of each other.
+    """
+    told = []
+    with suppress(OSError):
+        told.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with suppress(OSError):
+        told.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(told)
 
 
 def _start_of(pid: int) -> str:

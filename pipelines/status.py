@@ -29,9 +29,9 @@ class Status(BaseModel):
     """How far a result folder is.
 
     Attributes:
-        state: `running`, `silent` (on another machine, and no sign of life for over DEAD_AFTER_S), `died`,
-            `stopped` (ended before all was done), `outdated` (all was done, and then an earlier pass anew) or
-            `complete`.
+        state: `running`, `silent` (on another machine or in another container, and no sign of life for over
+            DEAD_AFTER_S), `died`, `stopped` (ended before all was done), `outdated` (all was done, and then an earlier
+            pass anew) or `complete`.
         holder: who works, or worked last, on it.
         stale: passes, the report among them, that were made from an earlier state of those before them.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 import time
@@ -92,11 +93,52 @@ def test_a_holder_elsewhere_is_watched(out):
 
 
 def test_of_two_at_once_one_wins(out, monkeypatch):
-    monkeypatch.setattr(lock, "last_holder", lambda _: None)  # both looked before either wrote
-    monkeypatch.setattr(lock, "_numbers", lambda _: [])
+    monkeypatch.setattr(lock, "_numbers", lambda _: [])  # both looked before either wrote
     leave_behind(out)
     with pytest.raises(BusyError, match="just begun"), lock.hold(out):
         pass
+
+
+def test_who_took_over_while_a_dead_holder_was_watched_keeps_the_folder(out, monkeypatch):
+    leave_behind(out)
+    watch = lock._wait_until_dead
+
+    def overtaken(url, holder):
+        watch(url, holder)
+        leave_behind(out, number=2)  # by one that began to watch a little earlier
+
+    monkeypatch.setattr(lock, "_wait_until_dead", overtaken)
+    with pytest.raises(BusyError, match="just begun"), lock.hold(out):
+        pass
+    assert lock._numbers(out) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("host", "kernel", "gone"),
+    [
+        (platform.node(), lock._kernel(), True),
+        (platform.node(), "another boot, or another PID namespace", None),
+        ("elsewhere", lock._kernel(), None),
+    ],
+)
+def test_a_number_of_a_process_says_nothing_elsewhere(tmp_path, host, kernel, gone):
+    """A container may carry its host's name, and two machines that share a folder the same one."""
+    holder = leave_behind(str(tmp_path), host=host, kernel=kernel, started="long ago")
+    assert holder.gone() is gone
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
+def test_boot_and_namespace_are_known():
+    assert len(lock._kernel().split()) == 2
+
+
+@pytest.mark.parametrize("more", [{}, {"of_a_later_version": 1}])
+def test_records_of_other_versions_are_read(out, more):
+    about = {"number": 1, "host": platform.node(), "pid": 1, "started": "1", "since": "then"}
+    storage.put_bytes(lock._url(out, 1), json.dumps(about | more).encode())
+    holder = lock.last_holder(out)
+    assert holder
+    assert holder.gone() is (None if lock._kernel() else True)
 
 
 def test_a_run_that_was_taken_for_dead_commits_nothing_more(out):
