@@ -3,18 +3,25 @@
 A request is a `KeyboardInterrupt`, the one exception that Ray hands on from its own waiting. Raised at an unlucky
 moment, in a callback or a finalizer, it is lost all the same; so a program keeps a note of it as well, and looks
 at that between pieces of work.
+
+One request may come as several signals: `timeout`, systemd, Slurm and terminals signal each process of a group, and
+`supervisor.py` hands on what it got itself. What comes within REPEAT_S of a request is part of it.
 """
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+REPEAT_S = 2.0
 _asked = False
+_asked_at = -math.inf  # when the latest request began, by the monotonic clock
 
 
 def stop_on_signals() -> None:
@@ -26,7 +33,18 @@ def stop_on_signals() -> None:
 def _stop(signum: int, frame: FrameType | None) -> None:
     global _asked
     _asked = True
-    raise KeyboardInterrupt
+    if not _repeated():
+        raise KeyboardInterrupt
+
+
+def _repeated() -> bool:
+    """Tell whether a signal is part of a request that was heard already; if not, a request begins with it."""
+    global _asked_at
+    now = time.monotonic()
+    if now - _asked_at < REPEAT_S:
+        return True
+    _asked_at = now
+    return False
 
 
 def stop_if_asked() -> None:
@@ -41,7 +59,7 @@ def stop_if_asked() -> None:
 
 @contextmanager
 def patient() -> Iterator[Callable[[], bool]]:
-    """Note the first request to stop, and raise it when the block ends; a second one is raised at once.
+    """Note the first request to stop, and raise it when the block ends; a second one, later, is raised at once.
 
     Yields a function that tells whether there was one. Handlers other than Python's own and ours are left alone.
     """
@@ -49,7 +67,8 @@ def patient() -> Iterator[Callable[[], bool]]:
 
     def note(signum: int, frame: FrameType | None) -> None:
         nonlocal asked
-        if asked:
+        again = not _repeated()
+        if asked and again:
             raise KeyboardInterrupt
         asked = True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import threading
@@ -18,6 +19,7 @@ def handlers(request, monkeypatch):
     """As `tarsift` sets them, or Python's own; both raise KeyboardInterrupt."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(stopping, "_asked", False)
+    monkeypatch.setattr(stopping, "REPEAT_S", 0.0)
     if request.param == "program":
         stop_on_signals()
     else:
@@ -62,6 +64,48 @@ def test_a_second_request_is_raised_at_once():
     with pytest.raises(KeyboardInterrupt):
         work()
     assert steps == []
+
+
+def test_signals_that_come_together_are_one_request(monkeypatch):
+    """As where a process group is signalled, and the supervisor hands on what it got."""
+    monkeypatch.setattr(stopping, "REPEAT_S", 60.0)
+    monkeypatch.setattr(stopping, "_asked_at", -math.inf)
+    steps = []
+
+    def work() -> None:
+        with patient():
+            send(signal.SIGTERM)
+            send(signal.SIGTERM)
+            steps.append("finished")
+            monkeypatch.setattr(stopping, "REPEAT_S", 0.0)
+            send(signal.SIGTERM)  # long after
+            steps.append("never")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert steps == ["finished"]
+
+
+def test_a_repeated_signal_does_not_abort_what_the_first_one_began(handlers, monkeypatch):
+    """Shards whose rows are all there are committed after a request; that must not be interrupted by its echo."""
+    monkeypatch.setattr(stopping, "REPEAT_S", 60.0)
+    monkeypatch.setattr(stopping, "_asked_at", -math.inf)
+    steps = []
+
+    def work() -> None:
+        try:
+            send(signal.SIGINT)
+        except KeyboardInterrupt:
+            if handlers == "program":
+                send(signal.SIGINT)  # before `patient` has begun
+            with patient():
+                send(signal.SIGINT)
+                steps.append("finished")
+            raise
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert steps == ["finished"]
 
 
 def test_handlers_of_others_and_other_threads_are_left_alone():

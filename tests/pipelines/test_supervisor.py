@@ -58,6 +58,38 @@ def test_requests_to_stop_reach_the_child(number):
     assert process.wait(timeout=30) == 75
 
 
+IN_HAND = """
+import sys, time
+from tarsift.pipelines.stopping import patient, stop_on_signals
+from tarsift.pipelines.supervisor import supervised
+
+def work():
+    stop_on_signals()
+    try:
+        with patient() as asked:
+            print("ready", flush=True)
+            while not asked():
+                time.sleep(0.01)
+            time.sleep(0.5)  # in which what the parent hands on comes
+            print("finished", flush=True)
+    except KeyboardInterrupt:
+        sys.exit(75)
+
+sys.exit(supervised(work))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_work_in_hand_is_finished_where_the_whole_process_group_is_signalled(number):
+    """As `timeout`, systemd and Slurm do; parent and child get the signal, and the parent hands it on."""
+    process = subprocess.Popen([sys.executable, "-c", IN_HAND], stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout.readline() == b"ready\n"
+    os.killpg(process.pid, number)
+    told, _ = process.communicate(timeout=30)
+    assert told == b"finished\n"
+    assert process.returncode == 75
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the child goes on alone")
 def test_the_child_does_not_outlive_the_command():
     work = "[print('ready', flush=True), time.sleep(60)]"
