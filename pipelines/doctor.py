@@ -148,15 +148,15 @@ def _faiss() -> Iterator[Finding]:
 
 
 def _ray() -> Iterator[Finding]:
-    """Tell which Ray a run would use; joins the cluster of RAY_ADDRESS and asks each of its nodes."""
+    """Tell which Ray a run would use; joins one that is there and asks each of its nodes."""
     import ray
 
-    address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        yield Finding(name="ray", state=OK, detail=f"{ray.__version__}, a local one per run (RAY_ADDRESS is not set)")
-        return
-    from tarsift.pipelines.session import session
+    from tarsift.pipelines.session import known_address, session
 
+    address = known_address()
+    if not address:
+        yield Finding(name="ray", state=OK, detail=f"{ray.__version__}, a local one per run (none is running)")
+        return
     with session():
         resources = ray.cluster_resources()
         told = _ask_nodes()

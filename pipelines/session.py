@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
+from ray._private import services
 
 from tarsift.pipelines.failures import failures_told
 from tarsift.pipelines.stopping import handlers_kept
@@ -67,8 +68,8 @@ def map_tables(
 def session(num_cpus: int | None = None, *, stall_timeout_s: float = STALL_TIMEOUT_S) -> Iterator[None]:
     """Make sure that Ray is there, and leave a Ray that was already there running.
 
-    Joins, in this order: the session of this process, the cluster named by RAY_ADDRESS, a new local
-    Ray, which ends with the context.
+    Joins, in this order: the session of this process, the cluster named by RAY_ADDRESS, one that `ray start` runs
+    on this machine; else there is a new local Ray, which ends with the context.
 
     Args:
         num_cpus: CPUs of a new local Ray; all of the machine's where None. Ignored when joining.
@@ -80,8 +81,9 @@ def session(num_cpus: int | None = None, *, stall_timeout_s: float = STALL_TIMEO
     mine = not ray.is_initialized()
     if mine:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        address = os.environ.get("RAY_ADDRESS")
-        local = {} if address else _local_options(num_cpus)
+        address, local = os.environ.get("RAY_ADDRESS"), {}  # without an address Ray finds what `ray start` runs
+        if known_address() is None:
+            address, local = "local", _local_options(num_cpus)
         with handlers_kept():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     try:
@@ -90,6 +92,15 @@ def session(num_cpus: int | None = None, *, stall_timeout_s: float = STALL_TIMEO
     finally:
         if mine:
             ray.shutdown()
+
+
+def known_address() -> str | None:
+    """Return the address of the Ray that a new session joins; None if it starts one."""
+    if given := os.environ.get("RAY_ADDRESS"):
+        return None if given == "local" else given
+    started = services.find_bootstrap_address(None)  # of the last `ray start`; a Ray that is killed leaves it behind
+    services.find_gcs_addresses.cache_clear()
+    return started if started and started in services.find_gcs_addresses() else None
 
 
 def _local_options(num_cpus: int | None) -> dict[str, Any]:

@@ -1,17 +1,146 @@
-"""The Ray that tarsift starts: who does not know its token is refused, and it has no dashboard."""
+"""Which Ray a session uses: one that is there is joined and left running, else a local one, which strangers cannot."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
-from contextlib import suppress
+import tempfile
+import time
+from pathlib import Path
 
 import pytest
+import ray
+from ray._private import services
 
-from tarsift.pipelines.session import _local_options
+from tarsift.pipelines.session import _local_options, known_address, session
 
-pytestmark = pytest.mark.usefixtures("ray_session")
+
+class Started(Exception):
+    """In place of a Ray."""
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+    """What `ray.init` is given, in a session of a machine on which `ray start` once ran."""
+    given = {}
+
+    def init(**options):
+        given.update(options)
+        raise Started
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("192.0.2.1:6379\n")
+
+    def start():
+        given.clear()
+        with pytest.raises(Started), session(num_cpus=3):
+            pass
+        return given
+
+    return start
+
+
+def running(monkeypatch, *addresses: str) -> None:
+    """Have these addresses be those of Ray processes of this machine."""
+    monkeypatch.setattr(services, "_find_address_from_flag", lambda flag: set(addresses))
+
+
+def test_what_ray_start_runs_is_joined_without_options_of_a_local_one(started, monkeypatch):
+    running(monkeypatch, "192.0.2.1:6379", "192.0.2.1:1")
+    assert known_address() == "192.0.2.1:6379"
+    given = started()
+    assert given["address"] is None
+    assert not given.keys() & {"num_cpus", "_system_config", "include_dashboard"}
+
+
+@pytest.mark.parametrize("addresses", [(), ("192.0.2.1:1",)])
+def test_an_address_that_a_dead_ray_left_behind_is_passed_over(started, monkeypatch, addresses):
+    """Nor is another program's local Ray joined."""
+    running(monkeypatch, *addresses)
+    assert known_address() is None
+    given = started()
+    assert given["address"] == "local"
+    assert given["num_cpus"] == 3
+    assert "_system_config" in given
+
+
+@pytest.mark.parametrize(
+    ("told", "address", "local"), [("10.0.0.1:6379", "10.0.0.1:6379", False), ("local",) * 2 + (True,)]
+)
+def test_ray_address_comes_first(started, monkeypatch, told, address, local):
+    running(monkeypatch, "192.0.2.1:6379")
+    monkeypatch.setenv("RAY_ADDRESS", told)
+    given = started()
+    assert given["address"] == address
+    assert ("_system_config" in given) == local
+
+
+LOOK = (
+    "import ray; from tarsift.pipelines.session import session\n"
+    "with session(num_cpus=2): print(ray.cluster_resources().get('ours', 0), ray.cluster_resources()['CPU'])"
+)
+
+
+def free_ports(number: int) -> list[str]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
+    ports = [str(s.getsockname()[1]) for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc to find processes by")
+def test_a_ray_that_is_started_joined_and_killed():
+    folder = tempfile.mkdtemp(dir="/tmp")  # sockets have short names
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"RAY_TMPDIR": folder}
+
+    def look() -> str:
+        looked = subprocess.run([sys.executable, "-c", LOOK], env=environment, capture_output=True, timeout=120)
+        assert looked.returncode == 0, looked.stderr.decode()
+        return looked.stdout.decode().strip()
+
+    names = ("port", "dashboard-agent-listen-port")
+    ports = [f"--{name}={port}" for name, port in zip(names, free_ports(len(names)), strict=True)]
+    options = ["--head", "--num-cpus=1", '--resources={"ours": 1}', "--include-dashboard=false", *ports]
+    try:
+        start = [str(Path(sys.executable).parent / "ray"), "start", *options]
+        subprocess.run(start, env=environment, check=True, capture_output=True, timeout=120)
+        assert look() == "1.0 1.0"
+        assert look() == "1.0 1.0"  # it was left running
+    finally:
+        kill_all(f"RAY_TMPDIR={folder}".encode())
+    assert Path(folder, "ray", "ray_current_cluster").exists()  # a Ray that is killed leaves its address behind
+    assert look() == "0 2.0"
+    shutil.rmtree(folder)
+
+
+def kill_all(setting: bytes) -> None:
+    """Kill the processes that were started with a setting in their environment, and wait for their end."""
+    deadline = time.monotonic() + 60
+    while found := [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if setting in environ(pid)]:
+        assert time.monotonic() < deadline, found
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
+
+
+def environ(pid: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
 
 # Ray's own client of its head, which needs no session of this process.
 ASK = "import sys; from ray._raylet import GcsClient; print(GcsClient(address=sys.argv[1]).internal_kv_get(b'x', None))"
@@ -40,7 +169,7 @@ def test_no_dashboard_listens(ray_session):
     listening: dict[str, list[str]] = {"gcs_server": [], "dashboard/dashboard.py": []}
     for child in psutil.Process().children(recursive=True):
         for part in listening:
-            with suppress(psutil.Error):  # it may have ended meanwhile
+            with contextlib.suppress(psutil.Error):  # it may have ended meanwhile
                 if part in " ".join(child.cmdline()):
                     opened = child.net_connections(kind="inet")
                     listening[part] += [str(c.laddr) for c in opened if c.status == psutil.CONN_LISTEN]
