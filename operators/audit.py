@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tarsift.operators import storage
 from tarsift.operators.decoding import ImageConfig, UnusableImage, decode_image, strict_pillow
-from tarsift.operators.errors import REASONS, SHARD_PROBLEMS, TarsiftError
+from tarsift.operators.errors import REASONS, SHARD_PROBLEMS, AccessError, StoreError
 from tarsift.operators.isolation import HANG_IMAGES, IsolatedDecoder, killed_after
 from tarsift.operators.shards import ReadConfig, Sample, Shard, ShardCounts, read_samples, unreadable
 from tarsift.operators.streams import open_shard
@@ -42,6 +42,8 @@ PROBLEMS: dict[str, str] = {
     "forged_uid": "the json states the uid of another sample, one that has none of its own and is named by its place",
 }
 DIGESTS = ("sha256", "sha512", "md5")  # fields of img2dataset's `compute_hash`
+# A run ends where it cannot reach a shard; an audit says so of that shard and looks at the others.
+UNREACHED = (OSError, StoreError, AccessError)
 EXAMPLES = 5
 MAX_STATS_BYTES = 64 << 20
 
@@ -114,7 +116,7 @@ class AuditShard:
         sha256, size, compressed = "", 0, False
         uids = array("Q")
         parquet = _beside(shard.url, ".parquet")
-        keys: set[int] | None = set() if storage.exists(parquet) else None
+        keys: set[int] | None = set() if _there(parquet, found) else None
         digests = _StatedDigests()
         try:
             with open_shard(shard.url) as source, self._decoder() as decode:
@@ -133,7 +135,7 @@ class AuditShard:
                     if keys is not None:
                         keys.add(_hash(key, self.key))
                 sha256, size = source.finish()
-        except OSError as error:
+        except UNREACHED as error:
             counts.problems.append(unreadable(error))
         for problem in counts.problems:
             found.add(problem.problem, str(problem))
@@ -180,7 +182,7 @@ class AuditShard:
                 raise TypeError(f"`successes` is {successes!r}")
         except FileNotFoundError:
             return
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (*UNREACHED, ValueError, KeyError, TypeError, RecursionError) as error:
             found.add("sidecar_unreadable", f"{url}: {type(error).__name__}: {error}")
             return
         if successes != samples:
@@ -197,14 +199,20 @@ class AuditShard:
                     listed.add(hashed)
                     if hashed not in keys:
                         found.add("parquet_mismatch", f"{key} is listed but not in the shard")
-        except TarsiftError:
-            raise  # a store that does not answer is no fault of the file
-        except Exception as error:  # of pyarrow, or of whatever has registered a type there
+        except Exception as error:  # of the store, of pyarrow, or of whatever has registered a type there
             found.add("sidecar_unreadable", f"{url}: {type(error).__name__}: {error}")
             return
         extra = len(keys - listed) if listed else 0
         if extra:
             found.add("parquet_mismatch", f"{extra} samples of the shard are not listed", extra)
+
+
+def _there(url: str, found: Findings) -> bool:
+    try:
+        return storage.exists(url)
+    except UNREACHED as error:
+        found.add("sidecar_unreadable", f"{url}: {type(error).__name__}: {error}")
+        return False
 
 
 def _try(decode: Callable[[bytes], Any], image: bytes, key: str, found: Findings) -> None:

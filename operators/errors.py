@@ -7,10 +7,11 @@
     │   ├── ConfigError          a setting is unknown or out of range
     │   └── ChangedError         inputs or settings differ from those of the run being continued
     ├── ShardError               a shard cannot be read as the policy demands
+    ├── AccessError              a store, or the permissions of a file, refuse what a run needs
     ├── ConservationError        read != kept + removed + errored: a defect, never ignored
     ├── ErrorRateError           exit code 3: complete, but more bad samples than allowed
     └── Interrupted              exit code 75: run the same command again
-        ├── StoreError           a store did not answer for minutes
+        ├── StoreError           a store did not answer for minutes, or a shard could not be read for a while
         ├── BusyError            another run works on the same result folder
         └── FencedError          another run took over this one's result folder
 """
@@ -45,6 +46,10 @@ class ShardError(TarsiftError):
     """A shard cannot be read and the policy does not allow to go on without it."""
 
 
+class AccessError(TarsiftError):
+    """A store, or the permissions of a file, refuse what a run needs."""
+
+
 class ConservationError(TarsiftError):
     """Samples read and samples written do not agree."""
 
@@ -62,7 +67,7 @@ class Interrupted(TarsiftError):
 
 
 class StoreError(Interrupted):
-    """A store did not answer, or answered with errors, for longer than requests are tried again."""
+    """A store did not answer for longer than requests are tried again, or what holds a shard cannot give it now."""
 
 
 class BusyError(Interrupted):

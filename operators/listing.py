@@ -62,7 +62,7 @@ def list_shards(inputs: str | Sequence[str], *, root: str | None = None) -> list
         for url in _expand_braces(text):
             with storage.reachable(text):
                 fs, path = storage.filesystem(url)
-                if _MAGIC.search(path) and not fs.exists(path):
+                if _MAGIC.search(path) and _kind(fs, path) is None:
                     found += _glob(fs, path, text)
                 elif path.lower().endswith(SUFFIXES):
                     explicit.append((fs, path, text))
@@ -97,7 +97,7 @@ def _glob(fs: fsspec.AbstractFileSystem, path: str, given: str) -> list[_Found]:
     match = _MAGIC.search(path)
     base = path[: match.start() if match else None].rpartition("/")[0]
     fs.invalidate_cache()
-    infos: dict[str, dict[str, Any]] = fs.glob(path, detail=True)  # type: ignore[assignment]
+    infos: dict[str, dict[str, Any]] = storage.asked(fs, lambda: fs.glob(path, detail=True), f"list {given}")
     found = []
     for name, info in infos.items():
         if info.get("type") == "directory":
@@ -115,11 +115,28 @@ def _folder(fs: fsspec.AbstractFileSystem, path: str, given: str) -> list[_Found
     found = [item for item in found if not _is_hidden(item.path)]
     if found:
         return found
-    if fs.isfile(path):
+    kind = _kind(fs, path)
+    if kind == "file":
         raise UsageError(f"{given!r} is no shard; looked for {_LOOKED_FOR}. {_QUOTE}")
-    if fs.isdir(path):
+    if kind == "directory":
         raise UsageError(f"no shard lies in the folder {given!r}; looked for {_LOOKED_FOR} at any depth")
     raise UsageError(f"{given!r} does not exist; looked for a folder or for {_LOOKED_FOR}. {_QUOTE}")
+
+
+def _kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
+    """Return what lies there, "file" or "directory"; unlike for `exists`, a store that fails does not hold nothing."""
+    try:
+        return _info(fs, path)["type"]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _info(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
+    return storage.asked(fs, lambda: fs.info(path), f"look for {path}")
+
+
+def _ls(fs: fsspec.AbstractFileSystem, path: str) -> list[dict[str, Any]]:
+    return storage.asked(fs, lambda: fs.ls(path, detail=True), f"list {path}")
 
 
 def _is_hidden(path: str) -> bool:
@@ -139,10 +156,10 @@ def _files(explicit: list[tuple[fsspec.AbstractFileSystem, str, str]], *, many: 
             if "file" not in fs.protocol and siblings[parent] > 16:  # one listing in place of a request for each
                 if parent not in listings:
                     fs.invalidate_cache()
-                    listings[parent] = {info["name"]: info for info in fs.ls(parent, detail=True)}
-                info = listings[parent].get(path) or fs.info(path)
+                    listings[parent] = {info["name"]: info for info in _ls(fs, parent)}
+                info = listings[parent].get(path) or _info(fs, path)
             else:
-                info = fs.info(path)
+                info = _info(fs, path)
         except FileNotFoundError:
             missing.append(_url(fs, path))
             continue

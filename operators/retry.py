@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from tarsift.operators.access import of_a_client, refusal, refused
 from tarsift.operators.errors import StoreError, TarsiftError
 
 PATIENCE_S = 180.0  # an outage of a minute passes, and a few that follow each other
@@ -25,15 +26,14 @@ LASTING = (
     TarsiftError,
     FileNotFoundError,
     FileExistsError,
-    PermissionError,
     IsADirectoryError,
     NotADirectoryError,
     NotImplementedError,
     ValueError,
     TypeError,
 )
-# Errors of drivers that are not installed everywhere, by name: who asks, not what the store answers.
-LASTING_NAMES = ("Credential", "ProfileNotFound", "ParamValidation", "InvalidRegion", "DefaultCredentialsError")
+# Errors of drivers that are not installed everywhere, by name: what is asked, not what the store answers.
+LASTING_NAMES = ("ParamValidation", "InvalidRegion")
 
 Answer = TypeVar("Answer")
 _patience_s = PATIENCE_S
@@ -48,7 +48,8 @@ def retried(request: Callable[[], Answer], doing: str) -> Answer:
         doing: `read s3://bucket/a.tar`, for the error.
 
     Raises:
-        StoreError: if it still fails then.
+        StoreError: if it still fails then, or the credentials have expired.
+        AccessError: if the store refuses, or there are no credentials to ask it with.
         Exception: what waiting does not mend, as it came.
     """
     global _repeated
@@ -58,6 +59,9 @@ def retried(request: Callable[[], Answer], doing: str) -> Answer:
         try:
             return request()
         except Exception as error:  # drivers raise OSError, but also errors of their HTTP client that are none
+            code = refusal(error)
+            if code is not None:
+                raise refused(doing, error, code) from error
             if lasting(error):
                 raise
             wait = random.uniform(longest / 2, longest)
@@ -73,14 +77,9 @@ def retried(request: Callable[[], Answer], doing: str) -> Answer:
 
 
 def lasting(error: BaseException) -> bool:
-    """Tell whether an error stays the same however often one asks."""
+    """Tell whether an error that is no refusal stays the same however often one asks."""
     name = type(error).__name__
-    return (isinstance(error, LASTING) and not _of_a_client(error)) or any(part in name for part in LASTING_NAMES)
-
-
-def _of_a_client(error: BaseException) -> bool:
-    """Tell whether an error comes from the HTTP client of a driver; some of those are a ValueError as well."""
-    return type(error).__module__.partition(".")[0] in ("aiohttp", "botocore", "aiobotocore", "urllib3", "http")
+    return (isinstance(error, LASTING) and not of_a_client(error)) or any(part in name for part in LASTING_NAMES)
 
 
 @contextmanager

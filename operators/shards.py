@@ -17,7 +17,8 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from tarsift.operators import storage
-from tarsift.operators.errors import END_OF_SHARD, IMAGE_USABLE, ShardError
+from tarsift.operators.access import unread
+from tarsift.operators.errors import END_OF_SHARD, IMAGE_USABLE, ShardError, TarsiftError
 from tarsift.operators.listing import Shard, list_shards
 from tarsift.operators.retry import take_repeated
 from tarsift.operators.samples import IMAGE_ORDER, IMAGE_PARTS, Placed, scan_members, split_name
@@ -88,6 +89,10 @@ class ReadShard:
     IMAGE_USABLE. With `receipts`, the last table is one row with `row` -1, `error` END_OF_SHARD and the
     JSON text of a `ShardEnd` as `key`; without, a warning tells of a damaged shard.
 
+    Raises:
+        StoreError: if the shard is gone, or its store or this machine cannot read it now.
+        AccessError: if reading it is refused.
+
     Example:
         >>> for shard in list_shards("shards/"):  # doctest: +SKIP
         ...     for table in ReadShard()(shard):
@@ -104,7 +109,9 @@ class ReadShard:
         with ExitStack() as stack:
             try:
                 source = stack.enter_context(open_shard(shard.url))
-            except OSError as error:
+            except FileNotFoundError as error:
+                raise unread(shard.url, error) from error
+            except IsADirectoryError as error:
                 counts.problems.append(unreadable(error))
             else:
                 batch: list[tuple[Any, ...]] = []
@@ -135,9 +142,10 @@ class ReadShard:
             warnings.warn(f"{shard.url}: {counts.rows} samples read, then {told}", RuntimeWarning, stacklevel=2)
 
 
-def unreadable(error: OSError) -> ShardProblem:
-    """Return what is wrong with a shard that cannot be opened."""
-    detail = storage.without_secrets(f"{type(error).__name__}: {error}")
+def unreadable(error: Exception) -> ShardProblem:
+    """Return what is wrong with a shard that cannot be opened or read."""
+    told = str(error) if isinstance(error, TarsiftError) else f"{type(error).__name__}: {error}"
+    detail = storage.without_secrets(told)
     return ShardProblem(problem="unreadable", offset=None, detail=detail)
 
 

@@ -20,7 +20,8 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from tarsift.operators.errors import TarsiftError, UsageError
+from tarsift.operators.access import CHECK_ALL, CHECKS, refusal, said
+from tarsift.operators.errors import AccessError, TarsiftError, UsageError
 from tarsift.operators.retry import first_contact, retried
 
 # The extra of tarsift that brings a protocol's driver; others are named by fsspec itself.
@@ -73,18 +74,24 @@ def reachable(url: str | os.PathLike[str]) -> Iterator[None]:
     """Turn what a store or its driver raises in the block into a sentence that says what to do.
 
     Raises:
-        UsageError: in place of any error but those of tarsift.
+        UsageError: in place of any error but those of tarsift, and of those by which a store refuses.
     """
     try:
         with first_contact():
             yield
-    except TarsiftError:
-        raise
-    except Exception as error:  # drivers raise their own, for instance where there are no credentials
-        first = (str(error).splitlines() or [""])[0]
-        told = without_secrets(f"{os.fspath(url)!r} cannot be reached: {type(error).__name__}: {first}")
-        remedy = "" if is_local(os.fspath(url)) else "; check credentials, region and endpoint (`tarsift doctor URL`)"
-        raise UsageError(told + remedy) from error
+    except TarsiftError as error:
+        code = refusal(error.__cause__) if error.__cause__ else None
+        if code is None:
+            raise
+        raise _unreachable(url, cast(BaseException, error.__cause__), CHECKS.get(code, CHECK_ALL)) from error
+    except Exception as error:  # drivers raise their own
+        remedy = "" if is_local(os.fspath(url)) else CHECKS.get(refusal(error) or "", CHECK_ALL)
+        raise _unreachable(url, error, remedy) from error
+
+
+def _unreachable(url: str | os.PathLike[str], error: BaseException, remedy: str) -> UsageError:
+    told = without_secrets(f"{os.fspath(url)!r} cannot be reached: {said(error)}")
+    return UsageError(f"{told}; {remedy}" if remedy else told)
 
 
 def without_secrets(text: str) -> str:
@@ -226,14 +233,27 @@ def remove(url: str) -> None:
     """Remove a file; that it was not there is fine."""
     fs, path = filesystem(url)
     with suppress(FileNotFoundError):
-        _asked(fs, lambda: fs.rm_file(path), f"remove {url}")
+        asked(fs, lambda: fs.rm_file(path), f"remove {url}")
+
+
+def refuse_unwritable(folder: str) -> None:
+    """Write a file below `folder` and remove it, before there is work whose result could not be put there.
+
+    Raises:
+        UsageError: if it cannot be written.
+    """
+    url = join(folder, f"write-test-{secrets.token_hex(8)}")
+    with reachable(folder):
+        put_bytes(url, b"")
+        with suppress(AccessError):  # who may write need not be allowed to remove
+            remove(url)
 
 
 def remove_tree(folder: str) -> None:
     """Remove a folder and all below it; that it was not there is fine."""
     fs, path = filesystem(folder)
     with suppress(FileNotFoundError):
-        _asked(fs, lambda: fs.rm(path, recursive=True), f"remove {folder}")
+        asked(fs, lambda: fs.rm(path, recursive=True), f"remove {folder}")
 
 
 def list_files(folder: str, suffix: str = "") -> list[str]:
@@ -250,7 +270,7 @@ def find(fs: fsspec.AbstractFileSystem, path: str, suffix: str | tuple[str, ...]
     """Return path and size in bytes of the files below the folder `path` that end in `suffix`, case ignored."""
     fs.invalidate_cache()
     try:
-        listed = _asked(fs, lambda: fs.find(path, detail=True), f"list {path}")
+        listed = asked(fs, lambda: fs.find(path, detail=True), f"list {path}")
         infos = cast(dict[str, dict[str, Any]], listed)
     except FileNotFoundError:
         return {}
@@ -263,7 +283,8 @@ def find(fs: fsspec.AbstractFileSystem, path: str, suffix: str | tuple[str, ...]
     return found
 
 
-def _asked(fs: fsspec.AbstractFileSystem, request: Callable[[], Any], doing: str) -> Any:
+def asked(fs: fsspec.AbstractFileSystem, request: Callable[[], Any], doing: str) -> Any:
+    """Return what a request to a file system returns, tried again as `retried` does where that is remote."""
     return request() if isinstance(fs, LocalFileSystem) else retried(request, doing)
 
 

@@ -1,7 +1,8 @@
 """The bytes of a shard on their way in: digested as they are in the file, then decompressed.
 
-Neither step raises on damage. The stream ends where it can no longer be read, and `problem` says
-why, so that everything before that point is handed over, the same in every reading.
+Neither step raises on damage. The stream ends where it can no longer be decompressed, and `problem` says
+why, so that everything before that point is handed over, the same in every reading. A file that cannot be read
+on is no damage: another reading may find it whole, so that it must not pass for one that is shorter.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
 from tarsift.operators import storage
+from tarsift.operators.access import unread
 
 # As in tarfile: the two magic bytes and "deflate". The name of a file says nothing for certain.
 GZIP_MAGIC = b"\x1f\x8b\x08"
@@ -22,25 +24,28 @@ GZIP_PIECE_BYTES = 1 << 14
 
 
 class DigestingReader(io.RawIOBase):
-    """Pass a file's bytes through, with their number and their SHA-256."""
+    """Pass a file's bytes through, with their number and their SHA-256.
 
-    def __init__(self, file: BinaryIO) -> None:
+    Args:
+        url: of the file, for the error where it cannot be read on; the OSError as it came where None.
+    """
+
+    def __init__(self, file: BinaryIO, url: str | None = None) -> None:
         self._file: Any = file
+        self._url = url
         self._sha256 = hashlib.sha256()
         self.bytes = 0
-        self.problem: tuple[str, str] | None = None
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if self.problem:
-            return 0
         try:
             count = self._file.readinto(buffer)
         except OSError as error:
-            self.problem = ("unreadable", storage.without_secrets(f"{type(error).__name__}: {error}"))
-            return 0
+            if self._url is None:
+                raise
+            raise unread(self._url, error) from error
         self._sha256.update(memoryview(buffer)[:count])
         self.bytes += count
         return count
@@ -110,8 +115,8 @@ class GunzipReader(io.RawIOBase):
 class ShardStream:
     """A shard that is being read: `tar` gives the bytes of the archive, the rest is about the file."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._digesting = DigestingReader(file)
+    def __init__(self, file: BinaryIO, url: str | None = None) -> None:
+        self._digesting = DigestingReader(file, url)
         self._file = io.BufferedReader(self._digesting, BUFFER_BYTES)
         self.compressed = self._file.peek(len(GZIP_MAGIC)).startswith(GZIP_MAGIC)
         self._gunzip = GunzipReader(cast(BinaryIO, self._file)) if self.compressed else None
@@ -120,7 +125,7 @@ class ShardStream:
     @property
     def problem(self) -> tuple[str, str] | None:
         """Why the bytes ended early, as a code of SHARD_PROBLEMS and a sentence; None if they did not."""
-        return self._digesting.problem or (self._gunzip.problem if self._gunzip else None)
+        return self._gunzip.problem if self._gunzip else None
 
     def finish(self) -> tuple[str, int]:
         """Read what is left of the file and return its SHA-256 and its number of bytes."""
@@ -134,7 +139,15 @@ def open_shard(url: str) -> Iterator[ShardStream]:
     """Open a `.tar` or `.tar.gz`, told apart by its first bytes.
 
     Raises:
-        OSError: if it cannot be opened.
+        FileNotFoundError: if it is not there.
+        IsADirectoryError: if it is a folder.
+        StoreError, AccessError: if it cannot be opened, or cannot be read on, for what is no fault of its own.
     """
-    with storage.open_read(url) as file:
-        yield ShardStream(file)
+    try:
+        file = storage.open_read(url)
+    except (FileNotFoundError, IsADirectoryError):
+        raise
+    except OSError as error:
+        raise unread(url, error) from error
+    with file:
+        yield ShardStream(file, url)

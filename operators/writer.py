@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 from tarsift.operators import storage
+from tarsift.operators.access import unread
 from tarsift.operators.errors import ChangedError, ConservationError, UsageError
 from tarsift.operators.samples import NEVER_IN_SAMPLE, Placed, scan_members
 from tarsift.operators.shards import Shard, ShardProblem, shard_problem, unreadable
@@ -61,6 +62,7 @@ def split_shard(
 
     Raises:
         ChangedError: if the shard has another digest.
+        StoreError, AccessError: if it is gone, or cannot be read for what is no fault of its own.
         ConservationError: if it has not as many rows as `homes`.
         UsageError: if a home has no output, or an output is the shard itself.
     """
@@ -71,7 +73,9 @@ def split_shard(
         split = _Split(archives, tail, homes)
         try:
             source = stack.enter_context(open_shard(shard.url))
-        except OSError as error:
+        except FileNotFoundError as error:
+            raise unread(shard.url, error) from error
+        except IsADirectoryError as error:
             problem = unreadable(error)
             sha256 = ""
         else:

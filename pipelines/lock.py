@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tarsift.operators import storage
-from tarsift.operators.errors import BusyError, FencedError, StoreError
+from tarsift.operators.errors import AccessError, BusyError, FencedError, StoreError
 
 BEAT_S = 5.0
 DEAD_AFTER_S = 30.0  # beats that fail to come for so long; six of them
@@ -137,7 +137,7 @@ class _Lock:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        with suppress(OSError, StoreError):  # then it is taken for dead in a while
+        with suppress(OSError, StoreError, AccessError):  # then it is taken for dead in a while
             self._put(replace(self.holder, released=True))
 
     def check(self) -> None:
@@ -149,7 +149,7 @@ class _Lock:
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
-            with suppress(OSError, StoreError):  # a store that is away for a while; the next beat may succeed
+            with suppress(OSError, StoreError, AccessError):  # a store that is away; the next beat may succeed
                 self._put(replace(self.holder, beat=self.holder.beat + 1))
 
     def _put(self, holder: Holder) -> None:

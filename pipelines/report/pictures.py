@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from tarsift.operators.decoding import ImageConfig, UnusableImage, decode_image, strict_pillow
-from tarsift.operators.errors import StoreError, TarsiftError
+from tarsift.operators.errors import AccessError, StoreError, TarsiftError
 from tarsift.operators.listing import Shard
 from tarsift.operators.shards import fetch_members
 
@@ -129,7 +129,7 @@ def _fetch(shard: Shard, pictures: Sequence[Picture]) -> list[bytes | str]:
     ranges = [(p.offset, p.size) for p in pictures]
     try:
         return list(fetch_members(shard, ranges))
-    except (StoreError, OSError, ValueError, EOFError):
+    except (StoreError, AccessError, OSError, ValueError, EOFError):
         return ["its shard cannot be read"] * len(ranges)
     except TarsiftError:  # the shard is shorter than one of them asks: the others may still be there
         if len(ranges) == 1:

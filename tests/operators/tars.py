@@ -7,6 +7,7 @@ import io
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 from tarsift.operators.shards import Shard
 from tarsift.operators.tar import end_archive
@@ -83,3 +84,16 @@ def put(path: Path, data: bytes, *, name: str = "s") -> Shard:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(data, 1) if path.name.endswith("gz") else data)
     return Shard(name, str(path), path.stat().st_size)
+
+
+def breaking(data: bytes, error: Exception) -> BinaryIO:
+    """Return a file that gives `data` and then cannot be read on."""
+
+    class Breaking(io.BytesIO):
+        def readinto(self, buffer) -> int:
+            count = super().readinto(buffer)
+            if not count:
+                raise error
+            return count
+
+    return Breaking(data)

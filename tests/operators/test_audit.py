@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import io
@@ -16,9 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tarsift.operators import storage
 from tarsift.operators.audit import PROBLEMS, AuditShard, ShardAudit, shared_uids
+from tarsift.operators.errors import AccessError
 from tarsift.operators.shards import Shard
-from tests.operators.tars import archive, member
+from tests.operators.tars import archive, breaking, member
 
 END = 1024  # two zero blocks
 SAMPLES = 12
@@ -167,6 +170,35 @@ def test_sample_problems_and_an_empty_shard(tmp_path: Path):
     assert found(look(put(tmp_path, archive(parts)))) == {"missing_caption": 1, "duplicate_key": 1}
     assert found(look(put(tmp_path, archive([])))) == {"no_samples": 1}
     assert "unreadable" in found(look(Shard("gone", str(tmp_path / "gone.tar"), 0)))
+
+
+def test_a_shard_that_cannot_be_reached_is_its_own_problem(tmp_path: Path, monkeypatch):
+    data = archive(members())
+    (tmp_path / "loop.tar").symlink_to("loop.tar")
+    assert found(look(Shard("loop", str(tmp_path / "loop.tar"), 0))) == {"unreadable": 1}
+    for error in (PermissionError("no"), OSError(errno.EIO, "broken")):
+
+        def opened(url: str, error=error):
+            if url.endswith(".tar"):
+                return breaking(data[:8192], error)
+            raise FileNotFoundError(url)
+
+        monkeypatch.setattr(storage, "open_read", opened)
+        audit = look(Shard("s", "dump/s.tar", len(data)))
+        assert found(audit) == {"unreadable": 1}
+        assert audit.members > 0
+        assert "cannot read the shard dump/s.tar" in audit.problems[-1].examples[0]
+
+
+def test_what_lies_beside_a_shard_and_cannot_be_reached_is_a_problem_of_that(tmp_path: Path, monkeypatch):
+    shard = put(tmp_path, archive(members()))
+
+    def refused(url):
+        raise AccessError(f"cannot look for {url}")
+
+    monkeypatch.setattr(storage, "exists", refused)
+    audit = look(shard)
+    assert (found(audit), audit.samples) == ({"sidecar_unreadable": 1}, SAMPLES)
 
 
 def test_stats_of_img2dataset(tmp_path: Path):

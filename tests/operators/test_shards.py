@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import io
@@ -14,10 +15,19 @@ import pytest
 from pydantic import ValidationError
 from webdataset import WebDataset  # pyright: ignore[reportAttributeAccessIssue]
 
-from tarsift.operators.errors import END_OF_SHARD, IMAGE_USABLE, REASONS, SHARD_PROBLEMS, ShardError
+from tarsift.operators import storage
+from tarsift.operators.errors import (
+    END_OF_SHARD,
+    IMAGE_USABLE,
+    REASONS,
+    SHARD_PROBLEMS,
+    AccessError,
+    ShardError,
+    StoreError,
+)
 from tarsift.operators.schema import SAMPLE_SCHEMA
 from tarsift.operators.shards import ReadConfig, ReadShard, Shard, ShardEnd, fetch_member, fetch_members, list_shards
-from tests.operators.tars import archive, by_tarfile, header, member, padded, put, sample
+from tests.operators.tars import archive, breaking, by_tarfile, header, member, padded, put, sample
 
 
 def read(shard: Shard, **settings) -> tuple[list[dict], ShardEnd]:
@@ -273,12 +283,23 @@ def test_without_receipts_damage_is_warned_of(tmp_path: Path):
         list(ReadShard()(shard))
 
 
-@pytest.mark.parametrize("path", ["nothing.tar", "folder.tar"])
-def test_a_shard_that_cannot_be_opened(tmp_path: Path, path: str):
+def test_a_folder_that_is_named_like_a_shard(tmp_path: Path):
     (tmp_path / "folder.tar").mkdir()
-    rows, end = read(Shard("s", str(tmp_path / path), 0))
+    rows, end = read(Shard("s", str(tmp_path / "folder.tar"), 0))
     assert not rows
     assert (end.rows, end.sha256, [p.problem for p in end.problems]) == (0, "", ["unreadable"])
+
+
+def test_a_shard_that_cannot_be_reached_does_not_end_as_one_without_rows(tmp_path: Path, monkeypatch):
+    with pytest.raises(StoreError, match=r"nothing\.tar: it was listed, and is gone"):
+        read(Shard("s", str(tmp_path / "nothing.tar"), 0))
+    (tmp_path / "loop.tar").symlink_to("loop.tar")
+    with pytest.raises(StoreError, match=r"loop\.tar: .*run the same command again"):
+        read(Shard("s", str(tmp_path / "loop.tar"), 0))
+    for error, kind in ((PermissionError("no"), AccessError), (OSError(errno.EIO, "broken"), StoreError)):
+        monkeypatch.setattr(storage, "open_read", lambda url, error=error: breaking(SHARD[:4096], error))
+        with pytest.raises(kind, match=r"cannot read the shard dump/s\.tar"):
+            read(Shard("s", "dump/s.tar", len(SHARD)))
 
 
 @pytest.mark.parametrize(

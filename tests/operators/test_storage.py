@@ -13,7 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
 from tarsift.operators import retry, storage
-from tarsift.operators.errors import StoreError, UsageError
+from tarsift.operators.errors import AccessError, StoreError, UsageError
 
 
 @pytest.fixture(params=["path", "file", "memory"])
@@ -162,9 +162,8 @@ def test_passwords_and_signatures_are_not_told():
     ("error", "lasts"),
     [
         (FileNotFoundError(), True),
-        (PermissionError(), True),
         (ValueError(), True),
-        (type("NoCredentialsError", (Exception,), {})(), True),
+        (type("ParamValidationError", (Exception,), {})(), True),
         (OSError("SlowDown"), False),
         (ConnectionResetError(), False),
         (TimeoutError(), False),
@@ -190,6 +189,38 @@ def test_what_waiting_does_not_mend_is_raised_at_once(monkeypatch, error: Except
         assert retry.retried(request, "ask") == "answer"
     assert len(asked) == (1 if lasts else 3)
     assert retry.take_repeated() == (0 if lasts else 2)
+
+
+@pytest.mark.parametrize("error", [PermissionError("no"), type("NoCredentialsError", (Exception,), {})("none")])
+def test_a_refusal_is_told_at_once_and_what_to_check(monkeypatch, error: Exception):
+    asked = []
+
+    def refuse(self, path, **kwargs):
+        asked.append(path)
+        raise error
+
+    monkeypatch.setattr(MemoryFileSystem, "info", refuse)
+    with pytest.raises(
+        AccessError, match=rf"cannot look for memory://x: {type(error).__name__}: .*; check credentials"
+    ):
+        storage.exists("memory://x")
+    with (
+        pytest.raises(UsageError, match=r"'memory://x' cannot be reached: .*; check credentials"),
+        storage.reachable("memory://x"),
+    ):
+        storage.exists("memory://x")
+    assert len(asked) == 2
+
+
+def test_a_folder_that_cannot_be_written_to(monkeypatch, tmp_path: Path):
+    storage.refuse_unwritable(str(tmp_path / "new"))
+    assert storage.list_files(str(tmp_path)) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"file' cannot be reached: "):
+        storage.refuse_unwritable(str(tmp_path / "file"))
+    root = f"memory://{uuid.uuid4().hex}"
+    monkeypatch.setattr(MemoryFileSystem, "rm_file", lambda self, path: (_ for _ in ()).throw(PermissionError()))
+    storage.refuse_unwritable(root)  # may write, must not remove
 
 
 def test_a_store_that_does_not_answer_is_no_missing_file(monkeypatch):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import io
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tarsift.operators.streams import DigestingReader, ShardStream, open_shard
-from tests.operators.tars import put
+from tarsift.operators import storage
+from tarsift.operators.errors import AccessError, StoreError
+from tarsift.operators.streams import ShardStream, open_shard
+from tests.operators.tars import breaking, put
 
 
 def read_all(stream: ShardStream, size: int = 70_001) -> bytes:
@@ -80,17 +83,42 @@ def test_a_gzip_bomb_is_read_in_pieces():
     assert len(read_all(stream, 1 << 20)) == 30_000_000 - 1000
 
 
-class Breaking(io.RawIOBase):
-    def readable(self) -> bool:
-        return True
+@pytest.mark.parametrize("name", ["s.tar", "s.tar.gz"])
+@pytest.mark.parametrize(
+    ("error", "kind", "says"),
+    [
+        (OSError(errno.EIO, "Input/output error"), StoreError, "see to its disk"),
+        (OSError(errno.ESTALE, "Stale file handle"), StoreError, "network file system"),
+        (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), StoreError, "mount"),
+        (OSError(errno.EMFILE, "Too many open files"), StoreError, "ulimit -n"),
+        (PermissionError(errno.EACCES, "Permission denied"), AccessError, "let this user read it"),
+        (FileNotFoundError(errno.ENOENT, "No such key"), StoreError, "is gone; put it back"),
+    ],
+)
+def test_a_file_that_cannot_be_read_on_does_not_pass_for_a_shorter_one(monkeypatch, name, error, kind, says):
+    data = os.urandom(3_000_000)
+    stored = gzip.compress(data) if name.endswith("gz") else data
+    monkeypatch.setattr(storage, "open_read", lambda url: breaking(stored[:2_000_000], error))
+    with (
+        open_shard(f"dump/{name}") as stream,
+        pytest.raises(kind, match=rf"^cannot read the shard dump/{name}: .*{says}"),
+    ):
+        read_all(stream)
+    with open_shard(f"dump/{name}") as stream, pytest.raises(kind):
+        stream.finish()
+    assert kind.exit_code == (75 if kind is StoreError else 1)
 
-    def readinto(self, buffer) -> int:
-        raise OSError(5, "Input/output error")
 
+def test_a_file_that_cannot_be_opened(monkeypatch, tmp_path: Path):
+    (tmp_path / "loop.tar").symlink_to("loop.tar")
+    with pytest.raises(StoreError, match=r"loop\.tar: .*symbolic links.*run the same command again"):
+        open_shard(str(tmp_path / "loop.tar")).__enter__()
+    with pytest.raises(FileNotFoundError):  # whether that is a fault is up to who reads
+        open_shard(str(tmp_path / "gone.tar")).__enter__()
 
-def test_a_file_that_cannot_be_read_on_ends_with_a_problem():
-    reader = DigestingReader(Breaking())  # type: ignore[arg-type]
-    assert reader.read(10) == b""
-    assert reader.problem is not None
-    assert reader.problem[0] == "unreadable"
-    assert reader.bytes == 0
+    def denied(url):
+        raise PermissionError(errno.EACCES, "Permission denied", url)
+
+    monkeypatch.setattr(storage, "open_read", denied)
+    with pytest.raises(AccessError, match=r"dump/x\.tar: PermissionError: .*let this user read it"):
+        open_shard("dump/x.tar").__enter__()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import io
@@ -12,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tarsift.operators import storage
-from tarsift.operators.errors import ChangedError, ConservationError, UsageError
+from tarsift.operators.errors import AccessError, ChangedError, ConservationError, StoreError, UsageError
 from tarsift.operators.samples import Placed, scan_members
 from tarsift.operators.shards import ReadConfig, ReadShard, Shard, ShardEnd, fetch_member
 from tarsift.operators.tar import end_archive
 from tarsift.operators.writer import SplitResult, split_shard
-from tests.operators.tars import FORMATS, archive, by_tarfile, header, member, padded, pax, put, sample
+from tests.operators.tars import FORMATS, archive, breaking, by_tarfile, header, member, padded, pax, put, sample
 
 HOMES = ("clean", "removed", "errored")
 
@@ -211,14 +212,27 @@ def test_what_an_earlier_run_left_is_replaced_or_removed(tmp_path: Path):
     assert files == {"clean": SHARD, "removed": b"", "errored": b"", "tail": b""}
 
 
-def test_a_shard_that_cannot_be_opened_has_nothing(tmp_path: Path):
-    shard = Shard("s", str(tmp_path / "nothing.tar"), 0)
+def test_a_shard_that_is_a_folder_has_nothing(tmp_path: Path):
+    (tmp_path / "folder.tar").mkdir()
+    shard = Shard("s", str(tmp_path / "folder.tar"), 0)
     result, files = split(shard, [], tmp_path, expect_sha256="")
     assert not any(files.values())
     assert result.problem is not None
     assert result.problem.problem == "unreadable"
     with pytest.raises(ChangedError, match="not to be read"):
         split_shard(shard, [], outputs(tmp_path), expect_sha256="0" * 64)
+
+
+def test_a_shard_that_cannot_be_reached_has_not_changed(tmp_path: Path, monkeypatch):
+    homes, sha256 = ["clean", "clean", "removed"], hashlib.sha256(SHARD).hexdigest()
+    with pytest.raises(StoreError, match=r"nothing\.tar: it was listed, and is gone"):
+        split_shard(Shard("s", str(tmp_path / "nothing.tar"), 0), homes, outputs(tmp_path), expect_sha256=sha256)
+    for error, kind in ((PermissionError("no"), AccessError), (OSError(errno.EIO, "broken"), StoreError)):
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "open_read", lambda url, error=error: breaking(SHARD[:4096], error))
+            with pytest.raises(kind, match=r"cannot read the shard dump/s\.tar"):
+                split_shard(Shard("s", "dump/s.tar", len(SHARD)), homes, outputs(tmp_path), expect_sha256=sha256)
+    assert not any(map(storage.exists, outputs(tmp_path).values()))
 
 
 def test_remote_to_remote():

@@ -1,17 +1,19 @@
 import errno
 import time
+from collections.abc import Iterator
 
 import pyarrow as pa
 import pytest
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 
 from tarsift.operators.errors import ChangedError, Interrupted, StoreError, TarsiftError
-from tarsift.operators.shards import Shard
+from tarsift.operators.shards import ReadShard, Shard, list_shards
 from tarsift.pipelines.commit import run_pass
 from tarsift.pipelines.failures import failures_told
 from tarsift.pipelines.ledger import Ledger
-from tarsift.pipelines.reading import shard_items
+from tarsift.pipelines.reading import shard_items, shards_of
 from tarsift.pipelines.session import map_tables, session
+from tests.conftest import make_dump
 
 
 def by_task(cause: Exception) -> RayError:
@@ -42,6 +44,31 @@ def test_other_errors_are_left_alone():
     for error in (by_task(KeyError("x")), OSError(errno.EIO, "broken"), ValueError("x")):
         with pytest.raises(type(error)), failures_told():
             raise error
+
+
+def read(items: pa.Table) -> Iterator[pa.Table]:
+    for shard in shards_of(items):
+        yield from ReadShard(receipts=True)(shard)
+
+
+def test_a_shard_that_cannot_be_reached_ends_the_run_and_is_read_by_the_next(ray_session, tmp_path):
+    make_dump(tmp_path / "dump", shards=3, samples=5, flaws=False)
+    away, elsewhere = tmp_path / "dump" / "00001.tar", tmp_path / "elsewhere.tar"
+    shards = list_shards(str(tmp_path / "dump"))
+    away.rename(elsewhere)
+    away.symlink_to(away)  # an error of the file system, and no word about the bytes
+    ledger = Ledger(str(tmp_path), "p", "f")
+
+    def run():
+        with session():
+            return run_pass(ledger, shards, lambda wave: map_tables(shard_items(wave), read, {}), folder="p")
+
+    with pytest.raises(StoreError, match=r"cannot read the shard .*00001\.tar: .*run the same command again") as told:
+        run()
+    assert told.value.exit_code == 75
+    assert "00001" not in ledger.entries()
+    elsewhere.replace(away)
+    assert {name: entry["rows"] for name, entry in run().entries.items()} == {"00000": 5, "00001": 5, "00002": 5}
 
 
 def never_ready(table: pa.Table) -> pa.Table:
