@@ -140,12 +140,16 @@ def evaluate(out: str, truth: str, *, json: str | None = None) -> Evaluation:
     Raises:
         UsageError: if `out` was not scored, or the truth is of other shards.
     """
-    table = _locate(out, sorted(item["name"] for item in RunFile.load_or_refuse(out).content.get("inputs") or ()))
-    planted = _read_truth(truth)
+    with storage.reachable(out):
+        run = RunFile.load_or_refuse(out).content
+    table = _locate(out, sorted(item["name"] for item in run.get("inputs") or ()))
+    with storage.reachable(truth):
+        planted = _read_truth(truth)
     at = _match(table, planted, out, truth)
     result = _measure(table, planted, at, truth)
     if json:
-        storage.put_bytes(json, json_text.dumps(result.to_json(), indent=1).encode())
+        with storage.reachable(json):
+            storage.put_bytes(json, json_text.dumps(result.to_json(), indent=1).encode())
     return result
 
 

@@ -63,8 +63,8 @@ def poison(
         settings: fields of `PoisonConfig` that override.
 
     Raises:
-        UsageError: if a setting is wrong, `out` holds a shard that is read, or too few samples can be
-            poisoned for the rate.
+        UsageError: if a setting is wrong, `out` holds a shard that is read, cannot be written to, or too
+            few samples can be poisoned for the rate.
         ShardError: if a shard is damaged.
     """
     config = PoisonConfig(**{**(config or PoisonConfig()).model_dump(), **settings})
@@ -101,6 +101,7 @@ def _checked(shards: str | Sequence[str], out: str, config: PoisonConfig) -> tup
     same = {storage.filesystem(s.url)[1] for s in sources} & {storage.filesystem(o)[1] for o in outputs}
     if same:
         raise UsageError(f"`out` would overwrite {sorted(same)[0]}, which is read: give another folder.")
+    storage.refuse_unwritable(out)
     return sources, out
 
 
