@@ -106,6 +106,7 @@ def of_a_client(error: BaseException) -> bool:
 
 def said(error: BaseException) -> str:
     """Return the first line of an error, behind the store's code for it if there is one, else behind its name."""
-    code = refusal(error) or ""
-    named = code if code and not code.isdigit() else type(error).__name__
-    return f"{named}: {(str(error).splitlines() or [''])[0]}"
+    code, name, text = refusal(error) or "", type(error).__name__, str(error)
+    if code and code != name and not code.isdigit():
+        name, text = code, getattr(error, "strerror", None) or text  # its number was chosen by the driver
+    return f"{name}: {(text.splitlines() or [''])[0]}"

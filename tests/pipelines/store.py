@@ -1,4 +1,4 @@
-"""An S3 server for tests: moto's, as a process of its own, behind a proxy that can fail like a busy store."""
+"""An S3 server for tests: moto's, as a process of its own, behind a proxy that fails, or refuses, like a real store."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -21,6 +22,15 @@ import fsspec
 from tests.pipelines.runs import RESULTS
 
 SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
+# What S3 answers where access is wrong: status by code.
+REFUSALS = {
+    "AccessDenied": 403,
+    "InvalidAccessKeyId": 403,
+    "SignatureDoesNotMatch": 403,
+    "ExpiredToken": 400,
+    "InvalidToken": 400,
+    "AuthorizationHeaderMalformed": 400,
+}
 HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive", "content-length"}
 
 
@@ -33,7 +43,10 @@ class Store:
     rate: float = 0.0
     failures: Counter[str] = field(default_factory=Counter)
     requests: int = 0
-    away_until: float = 0.0  # by time.monotonic(): until then every request is refused
+    away_until: float = 0.0  # by time.monotonic(): until then nobody is served
+    refusal: str = ""  # one of REFUSALS: every request is refused with it
+    refuse_from: int = 0  # but only those of objects from this byte on
+    resets: list[str] = field(default_factory=list)  # ranges whose answer broke off in the middle
 
     @property
     def environment(self) -> dict[str, str]:
@@ -72,6 +85,18 @@ def s3_server(*, seed: int = 0) -> Iterator[Store]:
     port = _free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait_for(port, server)
+        with s3_proxy(port, seed=seed) as store:
+            yield store
+    finally:
+        server.kill()
+        server.wait()
+
+
+@contextmanager
+def s3_proxy(port: int = 0, *, seed: int = 0) -> Iterator[Store]:
+    """Run the proxy of the server at `port`; without one it can do nothing but refuse."""
     store, rng, guard = Store(direct=f"http://127.0.0.1:{port}"), random.Random(seed), threading.Lock()
 
     class Proxy(BaseHTTPRequestHandler):
@@ -85,6 +110,10 @@ def s3_server(*, seed: int = 0) -> Iterator[Store]:
             with guard:
                 store.requests += 1
                 fails, resets = rng.random() < store.rate, rng.random() < 0.5
+            if store.refusal and _first_byte(self.headers) >= store.refuse_from:
+                store.failures[store.refusal] += 1
+                self._answer(REFUSALS[store.refusal], {"Content-Type": "application/xml"}, _refusal(store.refusal))
+                return
             if time.monotonic() < store.away_until or (fails and not (resets and self.command == "GET")):
                 store.failures["503"] += 1
                 self._answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN)
@@ -98,6 +127,7 @@ def s3_server(*, seed: int = 0) -> Iterator[Store]:
                 headers["Content-Length"] = response.getheader("Content-Length") or "0"
             if fails and len(content) > 1:
                 store.failures["reset"] += 1
+                store.resets.append(self.headers.get("Range") or "")
                 self.send_response(response.status)
                 for name, value in {**headers, "Content-Length": str(len(content))}.items():
                     self.send_header(name, value)
@@ -123,16 +153,22 @@ def s3_server(*, seed: int = 0) -> Iterator[Store]:
 
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
     store.endpoint = f"http://127.0.0.1:{proxy.server_address[1]}"
-    thread = threading.Thread(target=proxy.serve_forever, daemon=True)
+    thread = threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
-        _wait_for(port, server)
         yield store
     finally:
         proxy.shutdown()
         proxy.server_close()
-        server.kill()
-        server.wait()
+
+
+def _refusal(code: str) -> bytes:
+    region = "<Region>eu-west-3</Region>" if code == "AuthorizationHeaderMalformed" else ""
+    return f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>No.</Message>{region}</Error>".encode()
+
+
+def _first_byte(headers: Message) -> int:
+    return int((headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
 
 
 def _free_port() -> int:
