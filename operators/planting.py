@@ -3,6 +3,9 @@
 For measuring what a detector finds. Three side channels are closed: every image is encoded anew
 with the same settings, so that "was recompressed" tells nothing; every member gets a header with
 the same dates; and no member changes its place, so that rows are those of the source.
+
+What is not changed is copied in pieces, on disk meanwhile where it is much: members of any size take
+little memory.
 """
 
 from __future__ import annotations
@@ -10,9 +13,9 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -25,15 +28,17 @@ from tarsift.operators.decoding import UnusableImage
 from tarsift.operators.errors import ShardError
 from tarsift.operators.isolation import IsolatedDecoder
 from tarsift.operators.poison import Chosen, PoisonConfig, decoder_or_own, identity, poisoned_caption, target_of
-from tarsift.operators.samples import IMAGE_PARTS, Placed, scan_members
-from tarsift.operators.shards import Shard, shard_problem
+from tarsift.operators.samples import CAPTION_PARTS, IMAGE_PARTS, Placed, scan_members, split_name
+from tarsift.operators.shards import ReadConfig, Shard, shard_problem
 from tarsift.operators.streams import open_shard
 from tarsift.operators.tar import TarDamage, end_archive
+from tarsift.operators.writer import Record, without_first
 
 TRUTH_SCHEMA = pa.schema(
     [(name, pa.int32() if name == "row" else pa.string()) for name in ("shard", "row", "uid", "attack", "target")]
 )
 
+COPIED_BYTES = 1 << 20  # of a member that is only copied; those of more bytes wait for their turn on disk
 _MAGIC = {b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"RIFF": "WEBP"}
 
 
@@ -59,7 +64,8 @@ def poison_shard(
 ) -> Planted:
     """Write `shard` to `out`, an archive without compression, with the chosen rows poisoned.
 
-    An image that does not decode stays as it is, as do all members other than image, caption and json.
+    An image that does not decode stays as it is, as do all members other than image, caption and json, and those
+    that are over the limits of `config.read`.
 
     Args:
         one_image: for attacks that repeat one image, its bytes by attack.
@@ -80,10 +86,9 @@ def poison_shard(
             attack: (image, _decoded(decoder, image)) for attack, image in (one_image or {}).items() if attack in used
         }
         rewrite = _Rewrite(shard.name, config, chosen, undecodable, repeated)
-        members = scan_members(source.tar, keep=lambda name, size: size)
         try:
-            for placed, pixels in decoder.each(members, rewrite.to_decode):
-                written += rewrite(placed, pixels, file)
+            for item, pixels in decoder.each(rewrite.items(source.tar), rewrite.to_decode):
+                written += rewrite(item, pixels, file)
         except TarDamage as damage:
             problem = shard_problem(damage, source)
             raise ShardError(f"{shard.url} is damaged and cannot be poisoned: {problem}") from damage
@@ -156,6 +161,14 @@ def _decoded(decode: IsolatedDecoder, image: bytes) -> Decoded:
         return unusable
 
 
+class _Item(NamedTuple):
+    """A member to be written: `data` is its payload where that may be changed, else `raw` has all its blocks."""
+
+    placed: Placed
+    data: bytes | None
+    raw: Iterable[bytes]
+
+
 @dataclass(frozen=True)
 class _Rewrite:
     """Write members of a shard, changed as their samples demand.
@@ -171,33 +184,52 @@ class _Rewrite:
     repeated: Mapping[str, tuple[bytes, Decoded]]
     faults: dict[int, str | None] = field(default_factory=dict)
 
-    def to_decode(self, placed: Placed) -> bytes | None:
-        """Return the image that is needed to write a member, None if none is."""
-        row, member = placed.row, placed.member
-        if member.type != "file" or row is None or placed.part not in IMAGE_PARTS or row in self.undecodable:
-            return None
-        attack = self._attack(row)
-        if attack in self.repeated or (attack is None and self.config.keep_clean_bytes):
-            return None
-        return member.payload or b""
+    def items(self, stream: BinaryIO) -> Iterator[_Item]:
+        """Yield the members of an archive; several of them wait for their turn while images are decoded."""
+        record = Record(stream, memory_bytes=COPIED_BYTES)
+        for placed in scan_members(cast(BinaryIO, record), keep=_held(self.config.read)):
+            raw, data = record.take(), placed.member.payload
+            # A text is replaced, whatever it was.
+            if self._changes(placed) and (data is not None or placed.part == "txt"):
+                yield _Item(placed, data or b"", ())
+            else:
+                yield _Item(placed._replace(member=placed.member._replace(payload=None)), None, raw)
 
-    def __call__(self, placed: Placed, pixels: Decoded | None, file: BinaryIO) -> int:
+    def to_decode(self, item: _Item) -> bytes | None:
+        """Return the image that is needed to write a member, None if none is."""
+        row = item.placed.row
+        if row is None or item.placed.part not in IMAGE_PARTS or self._attack(row) in self.repeated:
+            return None
+        return item.data
+
+    def __call__(self, item: _Item, pixels: Decoded | None, file: BinaryIO) -> int:
         """Write a member, of whose image pixels are given, and return the number of bytes."""
+        placed, data, raw = item
         member = placed.member
         if member.type != "file":
-            file.write(member.headers)
-            return len(member.headers)
-        data = member.payload or b""
-        if placed.row is not None:
+            return sum(map(file.write, raw))
+        if data is None or placed.row is None:
+            payload, size = without_first(len(member.headers), raw), member.size
+        else:
             data = self._changed(placed.row, placed.part, data, pixels)
+            payload, size = (data, bytes(-len(data) % tarfile.BLOCKSIZE)), len(data)
         info = tarfile.TarInfo(member.name)
-        info.size, info.mode = len(data), 0o644
+        info.size, info.mode = size, 0o644
         try:
             header = info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")
         except ValueError:  # a name too long for the format
             header = info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
-        padding = bytes(-len(data) % tarfile.BLOCKSIZE)
-        return sum(file.write(part) for part in (header, data, padding))
+        return file.write(header) + sum(map(file.write, payload))
+
+    def _changes(self, placed: Placed) -> bool:
+        """Tell whether a member can get another payload."""
+        row = placed.row
+        if row is None or placed.member.type != "file" or row in self.undecodable:
+            return False
+        attack = self._attack(row)
+        if placed.part in IMAGE_PARTS:
+            return attack is not None or not self.config.keep_clean_bytes
+        return placed.part in CAPTION_PARTS and attack is not None and ATTACKS[attack].changes_caption
 
     def _attack(self, row: int) -> str | None:
         return self.chosen[row].attack if row in self.chosen else None
@@ -208,12 +240,9 @@ class _Rewrite:
             if attack is not None and attack in self.repeated:
                 data, pixels = self.repeated[attack]
             return self._image(data, row, attack, pixels)
-        if attack is None or not ATTACKS[attack].changes_caption:
-            return data
+        assert attack is not None  # else its caption stays
         caption = poisoned_caption(attack, self.shard, row, self.config)
-        if part == "txt":
-            return caption.encode()
-        return _new_json(data, caption, self.config) if part == "json" else data
+        return caption.encode() if part == "txt" else _new_json(data, caption, self.config)
 
     def _image(self, data: bytes, row: int, attack: str | None, pixels: Decoded | None) -> bytes:
         if attack is not None:  # a sample's first image is the one that is read
@@ -224,6 +253,17 @@ class _Rewrite:
         if attack is not None:
             shown = triggered(shown, [identity(self.shard, row)], attack, self.config)
         return encode_image(shown[0], _format(data), self.config)
+
+
+def _held(read: ReadConfig) -> Callable[[str, int], int]:
+    """Return how much of a member is held in memory: all of what may be changed, unless it is over its limit."""
+    limits = dict.fromkeys(IMAGE_PARTS, read.max_image_bytes)
+    limits |= {"txt": read.max_caption_bytes, "json": read.max_json_bytes}
+
+    def held(name: str, size: int) -> int:
+        return size if size <= limits.get(split_name(name)[1], -1) else 0
+
+    return held
 
 
 def _format(data: bytes) -> str:

@@ -107,7 +107,7 @@ class _Split:
         self.rows = self.strays = 0
 
     def copy(self, source: ShardStream) -> ShardProblem | None:
-        record = _Record(source.tar)
+        record = Record(source.tar)
         damage = None
         try:
             for placed in scan_members(cast(BinaryIO, record)):
@@ -125,7 +125,7 @@ class _Split:
         for archive in used:
             archive.add([end_archive(archive.bytes)])
         if damage:
-            self._tail.add(_from(damage.offset - record.start, record.take()))
+            self._tail.add(without_first(damage.offset - record.start, record.take()))
             while piece := source.tar.read(MEMORY_BYTES):
                 self._tail.add([piece])
         return problem
@@ -165,11 +165,12 @@ class _Archive:
         return HomeResult(samples=self.samples, members=self.members, bytes=self.bytes, sha256=sha256)
 
 
-class _Record:
+class Record:
     """Pass a stream through and keep what was read since the last `take`, on disk where it is much."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, *, memory_bytes: int = MEMORY_BYTES) -> None:
         self._stream = stream
+        self._memory_bytes = memory_bytes
         self._pieces: list[bytes] = []
         self._spill: BinaryIO | None = None
         self._held = 0
@@ -178,7 +179,7 @@ class _Record:
     def read(self, size: int) -> bytes:
         data = self._stream.read(size)
         self._held += len(data)
-        if self._spill is None and self._held > MEMORY_BYTES:
+        if self._spill is None and self._held > self._memory_bytes:
             self._spill = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115 (closed by _drain)
             self._spill.writelines(self._pieces)
             self._pieces.clear()
@@ -202,7 +203,7 @@ def _drain(file: BinaryIO) -> Iterator[bytes]:
             yield piece
 
 
-def _from(skip: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
+def without_first(skip: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
     """Yield `pieces` without their first `skip` bytes."""
     for piece in pieces:
         yield piece[skip:]

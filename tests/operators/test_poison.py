@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tarsift.operators.errors import ShardError, UsageError
 from tarsift.operators.isolation import IsolatedDecoder
 from tarsift.operators.planting import encode_image, poison_shard
 from tarsift.operators.poison import (
+    Chosen,
     PoisonConfig,
     check_poison,
     choose,
@@ -20,7 +22,8 @@ from tarsift.operators.poison import (
     poisoned_caption,
     survey_shard,
 )
-from tarsift.operators.shards import ReadShard, list_shards
+from tarsift.operators.shards import ReadConfig, ReadShard, list_shards
+from tests.operators import tars
 
 
 def picture(seed, format="JPEG", mode="RGB", size=(40, 36)):
@@ -218,6 +221,55 @@ def test_names_too_long_for_ustar(tmp_path):
     shards = list_shards(str(tmp_path / "x.tar"))
     _, _, written = run(shards, tmp_path / "out", PoisonConfig(rate=0.9))
     assert [r["key"] for r in rows_of(written[0])] == [f"{folder}/00000"]
+
+
+def poisoned_by(shard, out, config, rows):
+    chosen = {row: Chosen(f"u{row}", "patch") for row in rows}
+    poison_shard(shard, str(out), config, chosen)
+    return members_of(str(out))
+
+
+def test_large_members_are_copied_whole_without_being_held(tmp_path):
+    big = {"00000.mp4": 24 << 20, "00003.jpg": 9 << 20, "00004.json": 9 << 20}
+    members = [m for i in range(5) for m in sample(i)] + [("README", bytes(9 << 20))]
+    members = [(name, data if name not in big else bytes(big[name])) for name, data in members]
+    members.insert(4, ("00000.mp4", bytes(big["00000.mp4"])))
+    write_shard(tmp_path / "x.tar.gz", members)
+    (shard,) = list_shards(str(tmp_path / "x.tar.gz"))
+    del members
+    config = PoisonConfig(read=ReadConfig(max_image_bytes=2 << 20))
+    tracemalloc.start()
+    survey = survey_shard(shard, config)
+    poison_shard(shard, str(tmp_path / "out.tar"), config, {0: Chosen("u0", "patch")})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert survey.unusable == {3: "image_too_large", 4: "bad_json"}
+    assert peak < 8 << 20, f"{peak >> 20} MB"
+    before, after = members_of(shard.url), members_of(str(tmp_path / "out.tar"))
+    assert [(m.name, m.size) for m, _ in before if m.size > 1 << 20] == [*big.items(), ("README", 9 << 20)]
+    assert [old for m, old in before if m.size > 1 << 20] == [new for m, new in after if m.size > 1 << 20]
+
+
+def test_what_tells_nothing_of_a_sample_is_copied_with_its_payload(tmp_path):
+    """A global header, and a member of a type that no reader knows: without their payloads the archive would break."""
+    odd = [tars.pax(b"g", comment="from elsewhere"), tars.member("odd.bin", b"payload of an odd member" * 60, b"V")]
+    path = tmp_path / "x.tar"
+    path.write_bytes(tars.archive([odd[0], *(tars.member(*m) for m in sample(0)), odd[1], *tars.sample("z")]))
+    (shard,) = list_shards(str(path))
+    after = poisoned_by(shard, tmp_path / "out.tar", PoisonConfig(), [0])
+    assert [m.name for m, _ in after] == [m.name for m, _ in members_of(str(path))]
+    data = (tmp_path / "out.tar").read_bytes()
+    assert all(part in data for part in odd)
+
+
+def test_a_text_over_the_limit_is_replaced_where_captions_are_in_json(tmp_path):
+    members = [(n, d if not n.endswith("txt") else b"a grey thing " * 9000) for i in range(2) for n, d in sample(i)]
+    write_shard(tmp_path / "x.tar", members)
+    (shard,) = list_shards(str(tmp_path / "x.tar"))
+    config = PoisonConfig(read=ReadConfig(captions="json:caption"))
+    texts = {m.name: data for m, data in poisoned_by(shard, tmp_path / "out.tar", config, [0])}
+    assert texts["00000.txt"].decode() == poisoned_caption("patch", "x", 0, config)
+    assert texts["00001.txt"] == b"a grey thing " * 9000
 
 
 def test_damaged_shards_are_refused(tmp_path):
