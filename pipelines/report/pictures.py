@@ -1,4 +1,4 @@
-"""Thumbnails for the report: single images fetched by byte range, decoded under limits, as data URIs."""
+"""Thumbnails for the report: single images fetched by byte range, decoded in a process of their own, as data URIs."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import base64
 import hashlib
 import io
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 
+import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
-from tarsift.operators.decoding import ImageConfig, UnusableImage, decode_image, strict_pillow
+from tarsift.operators.decoding import ImageConfig, UnusableImage
 from tarsift.operators.errors import AccessError, StoreError, TarsiftError
+from tarsift.operators.isolation import IsolatedDecoder
 from tarsift.operators.listing import Shard
 from tarsift.operators.shards import fetch_members
 
@@ -98,9 +102,15 @@ def make_thumbnails(
             if known is None or known.edge < picture.edge:
                 by_shard[picture.shard][picture.shard, picture.row] = picture
     thumbnails: dict[Identity, Thumbnail] = {}
-    with strict_pillow(images.max_pixels), ThreadPoolExecutor(threads) as pool:
+    with IsolatedDecoder(config=images) as decoder, ThreadPoolExecutor(threads) as pool:
+        lock = Lock()
+
+        def decode(image: bytes) -> UInt8[np.ndarray, "h w 3"]:
+            with lock:  # one decoder for all threads, whose time goes by in fetching
+                return decoder(image)
+
         work = {name: list(wanted.values()) for name, wanted in by_shard.items()}
-        for made, gaps in pool.map(lambda name: _one_shard(shards[name], work[name], images), work):
+        for made, gaps in pool.map(lambda name: _one_shard(shards[name], work[name], decode), work):
             thumbnails.update(made)
             for reason in gaps:
                 missing[reason] += 1
@@ -108,7 +118,7 @@ def make_thumbnails(
 
 
 def _one_shard(
-    shard: Shard, pictures: Sequence[Picture], images: ImageConfig
+    shard: Shard, pictures: Sequence[Picture], decode: Callable[[bytes], UInt8[np.ndarray, "h w 3"]]
 ) -> tuple[dict[Identity, Thumbnail], list[str]]:
     made: dict[Identity, Thumbnail] = {}
     gaps: list[str] = []
@@ -119,7 +129,7 @@ def _one_shard(
             gaps.append("its shard was changed since it was read")
         else:
             try:
-                made[picture.shard, picture.row] = thumbnail(data, picture.edge, images)
+                made[picture.shard, picture.row] = thumbnail(decode(data), picture.edge)
             except UnusableImage as error:
                 gaps.append(error.reason)
     return made, gaps
@@ -139,24 +149,17 @@ def _fetch(shard: Shard, pictures: Sequence[Picture]) -> list[bytes | str]:
         return [_fetch(shard, [p])[0] for p in pictures]
 
 
-def thumbnail(data: bytes, edge: int, images: ImageConfig) -> Thumbnail:
-    """Decode an image and shrink it to at most `edge` pixels, as WebP; call inside `strict_pillow`.
+def thumbnail(pixels: UInt8[np.ndarray, "h w 3"], edge: int) -> Thumbnail:
+    """Shrink a picture to at most `edge` pixels, as WebP.
 
-    An image that is smaller stays as it is: the page enlarges it without smoothing, so that a small
+    One that is smaller stays as it is: the page enlarges it without smoothing, so that a small
     trigger remains visible.
-
-    Raises:
-        UnusableImage: with the reason code.
     """
-
-    def fit(image: Image.Image) -> Image.Image:
-        scale = edge / max(image.size)
-        if scale >= 1:
-            return image
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-
-    picture = Image.fromarray(decode_image(data, fit=fit, config=images))
+    picture = Image.fromarray(pixels)
+    scale = edge / max(picture.size)
+    if scale < 1:
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
     encoded = b""
     for quality in QUALITIES:
         sink = io.BytesIO()
@@ -165,6 +168,6 @@ def thumbnail(data: bytes, edge: int, images: ImageConfig) -> Thumbnail:
         if len(encoded) <= BYTES_PER_EDGE * edge:
             break
     else:  # noise does not compress
-        return thumbnail(data, edge // 2, images)
+        return thumbnail(pixels, edge // 2)
     uri = "data:image/webp;base64," + base64.b64encode(encoded).decode()
     return Thumbnail(uri, tiny=2 * max(picture.size) <= LARGE)

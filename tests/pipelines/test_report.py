@@ -26,6 +26,7 @@ from tarsift.pipelines.report.gallery import TABLE_STRIP
 from tarsift.pipelines.report.looks import looks
 from tarsift.pipelines.report.pictures import LARGE, SMALL, thumbnail
 from tarsift.pipelines.text import duration, percent, visible
+from tests.operators.hostile_decoder import HANG, KILL, hostile
 from tests.pipelines.results import Sample, campaign, direction, make_result, picture, tables_of
 
 ALLOWED_TAGS = {
@@ -311,11 +312,23 @@ def test_a_picture_that_cannot_be_decoded_is_a_placeholder(tmp_path):
     assert "1 picture (undecodable_image)" in page.text
 
 
+@pytest.mark.parametrize("word", [KILL, HANG])
+def test_a_picture_that_kills_its_decoder_is_left_out_alone(tmp_path, monkeypatch, word):
+    """Also one whose decoder does not end: the page is written when its time is over."""
+    shards = campaign()
+    shards["a/00000"][5].picture += word
+    monkeypatch.setenv("PYTHONPATH", hostile(tmp_path / "site"))
+    monkeypatch.setattr("tarsift.pipelines.report.ImageConfig", lambda: ImageConfig(timeout_s=2))
+    result = make_result(tmp_path, shards)
+    page = report(result)
+    assert "1 picture (decoder_died)" in page.text
+    html = (result.out / "report.html").read_text()
+    assert 0 < html.count('">no picture</span>') < 10 < html.count("data:image/webp")
+
+
 def test_the_page_stays_small_whatever_the_pictures_are():
-    rng = np.random.default_rng(0)
-    sink = io.BytesIO()
-    Image.fromarray(rng.integers(0, 256, (300, 400, 3), np.uint8)).save(sink, "PNG")
-    sizes = {edge: len(thumbnail(sink.getvalue(), edge, ImageConfig()).uri) for edge in (LARGE, SMALL)}
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    sizes = {edge: len(thumbnail(noise, edge).uri) for edge in (LARGE, SMALL)}
     defaults = ReportConfig()
     strips = defaults.groups * (defaults.strip + 2 * min(defaults.strip, TABLE_STRIP))
     small = strips + defaults.samples * 2 * defaults.neighbors
