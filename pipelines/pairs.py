@@ -1,17 +1,15 @@
-"""Shards to batches of image-text pairs for training, read by webdataset.
+"""Shards to batches of image-text pairs for training.
 
 Pairs that fit in memory as pixels are read once (`PairCache`); others are streamed anew in every
-epoch, through a shuffle buffer. Both yield batches without end, in an order that depends on the
+epoch, through webdataset's shuffle buffer. Both yield batches without end, in an order that depends on the
 seed alone.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any, NamedTuple
@@ -22,14 +20,11 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset import filters
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from tarsift.operators import storage
 from tarsift.operators.decoding import ImageConfig, UnusableImage
-from tarsift.operators.errors import TarsiftError
 from tarsift.operators.isolation import IsolatedDecoder
-from tarsift.operators.samples import IMAGE_PARTS, split_name
-from tarsift.operators.shards import Shard
+from tarsift.operators.shards import ReadConfig, Shard, ShardCounts, read_samples
+from tarsift.operators.streams import open_shard
 
 
 class Batch(NamedTuple):
@@ -54,61 +49,55 @@ class Pair(NamedTuple):
     key: str
 
 
+# Of samples that have a picture and a caption, those with these errors are no pairs: somebody else's, or cut.
+NO_PAIR = frozenset({"duplicate_key", "caption_too_large"})
+
+
 @dataclass(frozen=True)
 class PairReader:
-    """Reads pairs from shards; a bad sample is skipped and counted by its reason.
+    """Reads pairs from shards, by the reader and within the bounds of the main job.
 
-    Images are decoded in a process of their own: one that kills it is a bad sample like others.
+    A bad sample is skipped and counted by its reason. Images are decoded in a process of their own: one that kills it
+    is a bad sample like others.
     """
 
     image_size: int
     interpolation: str
     resize_mode: str
-    captions: str
+    read: ReadConfig
     images: ImageConfig
 
     def __call__(self, shards: Iterable[Shard], skipped: Counter[str]) -> Iterator[Pair]:
-        def skip(error: Exception) -> bool:
-            # A damaged shard gives the pairs before the damage; its reader's receipt tells of it.
-            if isinstance(error, TarsiftError):  # such as a store that is away: no damage of the shard
-                raise error
-            if "duplicate file name" in str(error):
-                skipped["duplicate_key"] += 1
-            return True
-
-        members = tar_file_expander(_opened(shards, skip), handler=skip, select_files=self._selects)
         how = {"interpolation": self.interpolation, "resize_mode": self.resize_mode}
         with IsolatedDecoder(self.image_size, **how, config=self.images) as decode:
-            samples = group_by_keys(members, keys=_key, handler=skip)
-            for (_, caption, sample), pixels in decode.each(self._whole(samples, skipped), lambda whole: whole[0]):
+            for sample, pixels in decode.each(self._whole(shards, skipped), lambda whole: whole.image):
                 if isinstance(pixels, UnusableImage):
                     skipped[pixels.reason] += 1
                     continue
                 assert pixels is not None  # each of them has an image
-                key = sample["__key__"].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-                yield Pair(pixels, caption, sample["__url__"], key)
+                yield Pair(pixels, sample.caption, sample.shard, sample.key)
 
-    def _whole(
-        self, samples: Iterable[dict[str, Any]], skipped: Counter[str]
-    ) -> Iterator[tuple[bytes, str, dict[str, Any]]]:
-        """Yield image, caption and all of the samples that have both."""
-        for sample in samples:
-            image = next((sample[part] for part in sample if part in IMAGE_PARTS), None)
-            caption = self._caption(sample)
-            if image is None or caption is None:
-                skipped["missing_image" if image is None else "missing_caption"] += 1
+    def _whole(self, shards: Iterable[Shard], skipped: Counter[str]) -> Iterator[_Whole]:
+        """Yield the samples that have both a picture and a caption."""
+        for shard in shards:
+            try:
+                with open_shard(shard.url) as source:
+                    # A damaged shard gives the pairs before the damage; the receipt of its digest tells of it.
+                    for sample in read_samples(source, self.read, ShardCounts()):
+                        key, _, _, _, image, caption, error = sample.finish(shard.name, self.read)
+                        if image is None or caption is None or error in NO_PAIR:
+                            skipped[error or "missing_image"] += 1
+                            continue
+                        yield _Whole(image, caption, shard.name, key)
+            except OSError:  # it cannot be opened, of which the receipt tells as well
                 continue
-            yield image, caption, sample
 
-    def _selects(self, name: str) -> bool:
-        part = split_name(name)[1]
-        return part in IMAGE_PARTS or part == ("txt" if self.captions == "txt" else "json")
 
-    def _caption(self, sample: dict[str, Any]) -> str | None:
-        if self.captions == "txt":
-            text = sample.get("txt", b"").decode("utf-8", "replace")
-            return text if text.strip() else None
-        return _json_caption(sample.get("json", b""), self.captions.removeprefix("json:"))
+class _Whole(NamedTuple):
+    image: bytes
+    caption: str
+    shard: str
+    key: str
 
 
 @dataclass(frozen=True)
@@ -134,7 +123,9 @@ def load_pairs(
     skipped: Counter[str] = Counter()
     distinct: dict[str, int] = {}
     captions, found, keys = [], [], []
-    for i, pair in enumerate(islice(reader(shards, skipped), most)):
+    for i, pair in enumerate(reader(shards, skipped)):  # to its end: what is skipped there counts as well
+        if i == most:
+            break
         pixels[i] = pair.pixels
         captions.append(distinct.setdefault(pair.caption, len(distinct)))
         found.append(pair.shard)
@@ -220,30 +211,3 @@ def streamed_batches(stream: PairStream, *, decoders: int = 0) -> Iterator[Batch
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def _opened(shards: Iterable[Shard], skip: Callable[[Exception], bool]) -> Iterator[dict[str, Any]]:
-    for shard in shards:
-        try:
-            file = storage.open_read(shard.url)
-        except OSError as error:
-            skip(error)
-            continue
-        with closing(file):
-            yield {"url": shard.name, "stream": file}  # which webdataset hands on with every sample
-
-
-def _key(name: str) -> tuple[str | None, str]:
-    key, part = split_name(name)
-    return (key or None), part
-
-
-def _json_caption(data: bytes, field: str) -> str | None:
-    try:
-        fields = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    value = fields.get(field) if isinstance(fields, dict) else None
-    if isinstance(value, list):
-        value = next((item for item in value if isinstance(item, str)), None)
-    return value if isinstance(value, str) and value.strip() else None

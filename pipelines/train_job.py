@@ -321,9 +321,7 @@ def _load(job: Job, rank: int, done: int, asked: Callable[[], bool]) -> _Data:
     config, world = job.config, job.config.workers
     settings = preprocessing(job.architecture)
     tokenizer = build_tokenizer(job.architecture, config.model or "")
-    reader = PairReader(
-        job.image_size, settings.interpolation, settings.resize_mode, config.read.captions, config.images
-    )
+    reader = PairReader(job.image_size, settings.interpolation, settings.resize_mode, config.read, config.images)
     share = job.batch_size // world
     damage = Counter(problem.split(":")[0] for digest in job.digests for problem in digest.problems)
     if job.in_memory:

@@ -8,13 +8,13 @@ import torch
 from tarsift.operators.decoding import ImageConfig
 from tarsift.operators.errors import UsageError
 from tarsift.operators.models import build_model, build_tokenizer, load_checkpoint, model_config, preprocessing
-from tarsift.operators.shards import ReadShard, list_shards
+from tarsift.operators.shards import ReadConfig, ReadShard, list_shards
 from tarsift.pipelines.pair_losses import PairLosses
 from tarsift.pipelines.pairs import PairReader, cached_batches, load_pairs
 from tarsift.pipelines.pretrain import PretrainConfig, pretrain_here
 from tests.conftest import make_dump
 
-READER = PairReader(32, "bicubic", "shortest", "txt", ImageConfig())
+READER = PairReader(32, "bicubic", "shortest", ReadConfig(), ImageConfig())
 
 
 @pytest.fixture(scope="module")

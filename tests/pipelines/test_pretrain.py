@@ -5,6 +5,7 @@ import io
 import json
 import sys
 import tarfile
+import tracemalloc
 from collections import Counter
 from contextlib import nullcontext
 from itertools import islice
@@ -28,7 +29,7 @@ from tarsift.operators.models import (
     weights_sha256,
 )
 from tarsift.operators.regime import encoder_regime
-from tarsift.operators.shards import list_shards
+from tarsift.operators.shards import ReadConfig, list_shards
 from tarsift.pipelines import cli
 from tarsift.pipelines.pairs import PairReader, PairStream, cached_batches, load_pairs, streamed_batches
 from tarsift.pipelines.pretrain import PretrainConfig, pretrain_here
@@ -36,7 +37,7 @@ from tarsift.pipelines.training import TrainConfig, encode_trimmed, learning_rat
 from tests.operators.hostile_decoder import EAT, HANG, KILL, LATER, hostile
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "yellow": (230, 220, 40)}
-READER = PairReader(32, "bicubic", "shortest", "txt", ImageConfig())
+READER = PairReader(32, "bicubic", "shortest", ReadConfig(), ImageConfig())
 TOKENIZER = build_tokenizer(model_config("tiny"))
 
 
@@ -84,7 +85,7 @@ def test_reader_gives_pairs_in_order(folder):
 
 
 def test_reader_takes_captions_from_json(folder):
-    reader = PairReader(32, "bicubic", "shortest", "json:caption", ImageConfig())
+    reader = PairReader(32, "bicubic", "shortest", ReadConfig(captions="json:caption"), ImageConfig())
     assert next(iter(reader(list_shards(str(folder)), Counter()))).caption == "json a red square number 0"
 
 
@@ -106,6 +107,43 @@ def test_reader_skips_and_counts_what_is_bad(tmp_path):
     found = [pair.caption for pair in READER(list_shards(str(tmp_path)), skipped)]
     assert found == ["kept", "dotted key"]
     assert skipped == {"undecodable_image": 1, "missing_caption": 2, "missing_image": 1}
+
+
+def test_reader_keeps_the_bounds_of_the_main_job(tmp_path):
+    """What is too large is skipped by its reason, without being held, also in a shard of a few kilobytes."""
+    good, huge = encoded(picture("red")), bytes(24 << 20)
+    members = [("0.png", good), ("0.txt", b"kept"), ("1.png", huge), ("1.txt", b"large picture")]
+    members += [("2.png", good), ("2.txt", b"large caption " + huge), ("3.png", good), ("3.txt", b"kept too")]
+    members += [("4.json", b'{"caption": "' + huge.replace(b"\0", b"x")), ("4.png", good), ("4.txt", b"and this")]
+    write_tar(tmp_path / "x.tar.gz", members)
+    del huge, members
+    reader = PairReader(32, "bicubic", "shortest", ReadConfig(max_image_bytes=1 << 20), ImageConfig())
+    skipped = Counter()
+    tracemalloc.start()
+    found = [pair.caption for pair in reader(list_shards(str(tmp_path)), skipped)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == ["kept", "kept too", "and this"]
+    assert skipped == {"image_too_large": 1, "caption_too_large": 1}
+    assert peak < 8 << 20, f"{peak >> 20} MB"
+
+
+def test_reader_sees_the_samples_that_the_main_job_sees(tmp_path):
+    """Joined where their members are apart, refused where they claim another one's key, pairs up to any damage."""
+    image = [encoded(picture("red", seed)) for seed in range(4)]
+    apart = [("0.png", image[0]), ("1.png", image[1]), ("0.txt", b"zero"), ("1.txt", b"one")]
+    again = [("0.png", image[2]), ("0.txt", b"not zero"), ("2.png", image[3]), ("2.txt", b"two \xff")]
+    write_tar(tmp_path / "x.tar", [*apart, *again])
+    data = bytearray((tmp_path / "x.tar").read_bytes())
+    (tmp_path / "y.tar").write_bytes(data[: data.find(b"2.txt") + 200])
+    skipped = Counter()
+    pairs = list(READER(list_shards(str(tmp_path)), skipped))
+    assert [(pair.shard, pair.key, pair.caption) for pair in pairs] == [
+        ("x", "0", "zero"), ("x", "1", "one"), ("x", "2", "two \N{REPLACEMENT CHARACTER}"),
+        ("y", "0", "zero"), ("y", "1", "one"),
+    ]  # fmt: skip
+    assert skipped == {"duplicate_key": 2, "truncated_member": 1}
+    assert load_pairs(READER, list_shards(str(tmp_path)), TOKENIZER, most=5).skipped == skipped
 
 
 def test_cached_batches_are_permutations_shared_among_ranks(folder):
