@@ -11,7 +11,6 @@ import typer
 from typer.core import TyperGroup
 
 from tarsift.operators.errors import EXIT_CODES, Interrupted, TarsiftError
-from tarsift.operators.storage import without_secrets
 from tarsift.pipelines.commands import main as main_commands
 from tarsift.pipelines.commands import passes, workshop
 from tarsift.pipelines.printing import Screen, plain
@@ -54,7 +53,7 @@ def main() -> None:
         err.print(f"[bold red]error:[/bold red] {plain(error)}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except Exception:  # not foreseen, so told in full, as Python would; drivers put whole URLs into their errors
-        sys.stderr.write(without_secrets(traceback.format_exc()))
+        err.print(plain(traceback.format_exc()), highlight=False, soft_wrap=True)
         sys.exit(EXIT_CODES["failed"])
 
 

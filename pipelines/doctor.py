@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
+from tarsift.operators.listing import SUFFIXES
 from tarsift.operators.retry import first_contact
 from tarsift.pipelines.installed import providers, shadows
 from tarsift.pipelines.text import count, size
@@ -270,6 +271,9 @@ def _room(url: str) -> Iterator[Finding]:
 
 def _write(url: str) -> Iterator[Finding]:
     """Write a tiny file, read it and remove it; makes no folder."""
+    if url.lower().endswith(SUFFIXES) or set(url) & set("*?[{"):
+        yield Finding(name=url, state=WARNING, detail="names shards: not written to", remedy="give a folder to --write")
+        return
     folder = _nearest_folder(url) if storage.is_local(url) else url
     probe, data = storage.join(folder, f"tarsift-doctor-{secrets.token_hex(8)}"), secrets.token_bytes(8)
     try:

@@ -210,6 +210,6 @@ def answer(value: Any, show: Callable[[Console], None], *, as_json: bool, quiet:
         show(Screen())
 
 
-def plain(error: BaseException) -> str:
-    """Make an error's text safe for a terminal: it may quote captions, member names, or a signed URL."""
+def plain(error: BaseException | str) -> str:
+    """Make an error, or its traceback, safe for a terminal: it may quote captions, member names, or a signed URL."""
     return escape("".join(c if c.isprintable() or c == "\n" else "?" for c in without_secrets(str(error))))

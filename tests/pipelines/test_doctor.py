@@ -111,6 +111,9 @@ def test_nothing_is_written_unasked_and_nothing_stays(tmp_path, monkeypatch):
         assert told.state == doctor.OK
         assert "can be written" in told.detail
     assert len(written) == 2
+    for shards in (str(tmp_path / "0.tar"), "memory://doctor/{00..11}.tar", "memory://doctor/*"):
+        assert doctor.places([shards], write=True)[-1].detail == "names shards: not written to"
+    assert len(written) == 2
     assert list(tmp_path.iterdir()) == []
     assert fsspec.filesystem("memory").find("/doctor") == []
 

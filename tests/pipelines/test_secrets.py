@@ -136,12 +136,13 @@ def of_errors(monkeypatch, capsys, **_) -> str:
     foreseen = run(monkeypatch, capsys, "status", OUT)
 
     def unforeseen(out: str) -> None:
-        raise RuntimeError(f"403, message='Forbidden', url='{SIGNED}'")
+        raise RuntimeError(f"403, message='\x1b[31mForbidden', url='{SIGNED}'")
 
     monkeypatch.setattr(status_recipe, "status", unforeseen)
     code, out, err = run(monkeypatch, capsys, "status", "out")
     assert (foreseen[0], code) == (2, 1)
     assert "Traceback" in err
+    assert "?[31mForbidden" in err
     return f"{foreseen}{out}{err}"
 
 
