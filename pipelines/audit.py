@@ -18,7 +18,7 @@ from tarsift.operators.audit import EXAMPLES, AuditShard, Findings, Problem, Sha
 from tarsift.operators.decoding import ImageConfig
 from tarsift.operators.shards import ReadConfig, Shard, list_shards
 from tarsift.pipelines.progress import Event, Listener, silent
-from tarsift.pipelines.session import session
+from tarsift.pipelines.session import STALL_TIMEOUT_S, session
 from tarsift.pipelines.tasks import side_by_side
 
 UIDS_PER_PART = 4_000_000  # uids compared at once: some 250 MB of a worker's memory
@@ -68,6 +68,7 @@ def audit(
     decode: bool = False,
     read: ReadConfig | None = None,
     images: ImageConfig | None = None,
+    stall_timeout_s: float = STALL_TIMEOUT_S,
     progress: Listener = silent,
 ) -> Audit:
     """Look at every byte of a dump, at what img2dataset left beside its shards, and at uids across shards.
@@ -77,6 +78,7 @@ def audit(
         decode: decode every image as well.
         read: where captions are, and limits.
         images: formats and limits of decoding.
+        stall_timeout_s: seconds without a shard that is done after which the audit fails.
         progress: told after every shard.
 
     Raises:
@@ -90,7 +92,7 @@ def audit(
     start = time.monotonic()
     shards = list_shards(inputs)
     look = AuditShard(decode=decode, read=read, images=images, key=secrets.token_bytes(16))
-    with session():
+    with session(stall_timeout_s=stall_timeout_s):
         audits, uids = _look_at_all(shards, look, progress)
         names = [shard.name for shard in shards if shard.name in uids]
         samples = sum(audits[name].samples for name in names)

@@ -27,10 +27,12 @@ from tarsift.operators.errors import TarsiftError
 from tarsift.operators.retry import take_repeated
 from tarsift.operators.schema import as_table
 from tarsift.operators.shards import Shard
+from tarsift.pipelines.failures import stalled
 from tarsift.pipelines.ledger import Ledger
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.session import TASK_OPTIONS, map_tables
 from tarsift.pipelines.stopping import patient, stop_if_asked
+from tarsift.pipelines.tasks import cancel, next_done
 
 RECEIPT_SCHEMA = pa.schema(
     [
@@ -300,9 +302,8 @@ def _run_wave(
 
     def collect(limit: int) -> None:
         while len(merging) > limit:
-            finished, _ = ray.wait(list(merging), num_returns=1)
-            name = merging.pop(finished[0])
-            committed(name, ray.get(finished[0]))
+            merged = next_done(merging, _merge_and_tidy)
+            committed(merging.pop(merged), ray.get(merged))
 
     context = rows.context
     receipts = map_tables(rows, write_parts, {"folder": folder}, num_cpus=sink_cpus)
@@ -323,18 +324,17 @@ def _run_wave(
                 shard_metadata = {**metadata, "shard": name, "source_sha256": end.get("sha256") or ""}
                 merging[merge.remote(folder, name, parts, target, end, shard_metadata)] = name
                 collect(merges_at_once - 1)
+        collect(0)
     except KeyboardInterrupt:
         with patient():
             collect(0)
         raise
     except ExecutionTimeoutError as error:
         running = [line.strip(" -") for line in str(error).splitlines() if line.startswith("  - ")]
-        raise TarsiftError(
-            f"no progress for {context.execution_no_progress_timeout_s:g} s in {'; '.join(running) or 'any stage'}. "
-            "Run the same command again; where a batch may take as long, with a higher "
-            "--set resources.stall_timeout_s=S or a smaller --batch-size."
-        ) from error
-    collect(0)
+        where = "; ".join(running) or "any stage"
+        raise stalled(context.execution_no_progress_timeout_s, where, smaller="a smaller --batch-size") from error
+    finally:
+        cancel(merging)
     if waiting:
         name, coverage = next(iter(waiting.items()))
         raise TarsiftError(

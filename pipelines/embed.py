@@ -129,5 +129,5 @@ def embed(
     inputs: str | Sequence[str], out: str, *, config: CleanConfig, role: str = "detect", progress: Listener = silent
 ) -> PassResult:
     """Embed shards into `out`/embeddings/`role`, one Parquet file per shard; continue where a run stopped."""
-    with session():
+    with session(stall_timeout_s=config.resources.stall_timeout_s):
         return embed_pass(list_shards(inputs), out, settled(config), role, progress=progress)[0]

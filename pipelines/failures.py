@@ -52,6 +52,19 @@ def failures_told() -> Iterator[None]:
         raise _disk_full(error) from error
 
 
+def stalled(seconds: float, where: str, *, smaller: str) -> TarsiftError:
+    """Return the error of a run in which nothing has been finished for so long.
+
+    Args:
+        where: functions that run, and on what.
+        smaller: what makes less of what is done at once, as "smaller shards".
+    """
+    return TarsiftError(
+        f"no progress for {seconds:g} s in {where}. Run the same command again; where one may take as long, with "
+        f"{smaller} or, if the command takes settings, a higher --set resources.stall_timeout_s=S."
+    )
+
+
 def _told(error: RayError) -> TarsiftError | None:
     cause = _cause(error)
     if isinstance(cause, TarsiftError):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ray
 from ray.exceptions import RayTaskError
 
 from tarsift.clip_detect.mismatch import MismatchRule, fit_mismatch
@@ -30,7 +29,7 @@ from tarsift.operators.sides import Sides
 from tarsift.operators.stored import Stored
 from tarsift.pipelines.config import CleanConfig
 from tarsift.pipelines.folding import run_fold
-from tarsift.pipelines.session import TASK_OPTIONS
+from tarsift.pipelines.tasks import run_task
 from tarsift.pipelines.trusted import TrustedReference
 
 # A partition of the duplicate count holds about this many distinct images in memory.
@@ -143,12 +142,12 @@ def run_job(fit: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
 
     Raises:
         UsageError: if the dump is too small for it, or the settings do not fit it.
+        TarsiftError: if it does not end within `resources.stall_timeout_s`.
     """
     *arguments_, config = arguments
     options = {"backend": config.resources.backend, "threads": config.resources.threads}
     try:
-        task: Any = ray.remote(num_cpus=1, **TASK_OPTIONS)(fit)
-        return ray.get(task.remote(*arguments_, **named, **options))
+        return run_task(fit, *arguments_, **named, **options)
     except RayTaskError as error:
         cause = error.cause if isinstance(error.cause, ValueError) else None
         if cause is None:

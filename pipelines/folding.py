@@ -24,7 +24,8 @@ def run_fold(fold: Fold, shards: Sequence[str], folders: Sequence[str | Stored])
     chunks = [list(shards[i : i + SHARDS_PER_TASK]) for i in range(0, len(shards), SHARDS_PER_TASK)]
     fold_ref = ray.put(fold)
     state = fold.init()
-    for _, (result,) in side_by_side(_fold_some, ((i, (fold_ref, c, list(folders))) for i, c in enumerate(chunks))):
+    calls = ((f"{type(fold).__name__} of {c[0]} to {c[-1]}", (fold_ref, c, list(folders))) for c in chunks)
+    for _, (result,) in side_by_side(_fold_some, calls):
         part, repeated = ray.get(result)
         add_repeated(repeated)
         state = fold.merge(state, part)

@@ -29,7 +29,10 @@ from tarsift.operators.poison import (
     survey_shard,
 )
 from tarsift.operators.shards import Shard, list_shards
-from tarsift.pipelines.session import TASK_OPTIONS, session
+from tarsift.pipelines.session import session
+from tarsift.pipelines.tasks import side_by_side
+
+STALL_TIMEOUT_S = 1800.0  # there is no setting for it, and a task reads, decodes and writes a whole shard
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def poison(
     """
     config = PoisonConfig(**{**(config or PoisonConfig()).model_dump(), **settings})
     dump = _checked(shards, out, config)
-    with session():
+    with session(stall_timeout_s=STALL_TIMEOUT_S):
         return _plant(*dump, config, _in_tasks, None)
 
 
@@ -84,8 +87,10 @@ Each = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], list[Any]]
 
 
 def _in_tasks(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> list[Any]:
-    task: Any = ray.remote(function).options(**TASK_OPTIONS)
-    return ray.get([task.remote(*arguments) for arguments in calls])
+    calls = list(calls)
+    by_shard = ((arguments[0].name, arguments) for arguments in calls)
+    found = {name: ray.get(result) for name, (result,) in side_by_side(function, by_shard)}
+    return [found[arguments[0].name] for arguments in calls]
 
 
 def _one_by_one(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> list[Any]:

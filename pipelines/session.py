@@ -73,7 +73,7 @@ def session(num_cpus: int | None = None, *, stall_timeout_s: float = STALL_TIMEO
 
     Args:
         num_cpus: CPUs of a new local Ray; all of the machine's where None. Ignored when joining.
-        stall_timeout_s: seconds without any progress after which a Dataset fails.
+        stall_timeout_s: seconds without any progress after which a Dataset, or a wait for tasks, fails.
 
     Raises:
         TarsiftError: for what Ray raises in the block; see `failures_told`.
@@ -92,6 +92,11 @@ def session(num_cpus: int | None = None, *, stall_timeout_s: float = STALL_TIMEO
     finally:
         if mine:
             ray.shutdown()
+
+
+def stall_timeout_s() -> float:
+    """Return the seconds without any progress after which work in the present session fails."""
+    return ray.data.DataContext.get_current().execution_no_progress_timeout_s
 
 
 def known_address() -> str | None:

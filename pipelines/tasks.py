@@ -1,16 +1,21 @@
-"""One Ray task per item, a few per CPU at once, results as they come."""
+"""One Ray task per item, a few per CPU at once, results as they come; none is waited for for ever, or left behind."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import ray
+from ray.exceptions import RayError
 
-from tarsift.pipelines.session import TASK_OPTIONS
+from tarsift.pipelines.failures import stalled
+from tarsift.pipelines.session import TASK_OPTIONS, stall_timeout_s
 
 Item = TypeVar("Item")
 PER_CPU = 2  # one that computes and one that waits for storage, or for its arguments
+CANCEL_S = 5.0  # in which a task that is cancelled ends, unless its process does not move at all
+NAMED = 3  # items that an error names
 
 
 def side_by_side(
@@ -30,23 +35,70 @@ def side_by_side(
     Yields:
         The item and its results. `ray.get` of the first raises what the call raised, or a `RayError` if its
         worker died as often as a task is retried.
+
+    Raises:
+        TarsiftError: see `next_done`. However it ends, calls that still run are cancelled.
     """
     retries: dict[str, Any] = TASK_OPTIONS if max_retries is None else {"max_retries": max_retries}
     task: Any = ray.remote(num_cpus=1, num_returns=num_returns, **retries)(function)
     limit = max(2, PER_CPU * int(ray.cluster_resources().get("CPU", 1)))
     waiting = iter(calls)
-    running: dict[ray.ObjectRef, tuple[Item, list[ray.ObjectRef]]] = {}
+    running: dict[ray.ObjectRef, Item] = {}
+    promised: dict[ray.ObjectRef, list[ray.ObjectRef]] = {}
     more = True
-    while more or running:
-        while more and len(running) < limit:
-            call = next(waiting, None)
-            if call is None:
-                more = False
-                break
-            item, arguments = call
-            results = task.remote(*arguments)
-            results = results if isinstance(results, list) else [results]
-            running[results[0]] = item, results
-        if running:
-            finished, _ = ray.wait(list(running), num_returns=1)
-            yield running.pop(finished[0])
+    try:
+        while more or running:
+            while more and len(running) < limit:
+                call = next(waiting, None)
+                if call is None:
+                    more = False
+                    break
+                item, arguments = call
+                results = task.remote(*arguments)
+                results = results if isinstance(results, list) else [results]
+                running[results[0]], promised[results[0]] = item, results
+            if running:
+                done = next_done(running, function)
+                yield running.pop(done), promised.pop(done)
+    finally:
+        cancel(running)
+
+
+def run_task(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """Call a function in one Ray task and return what it returns.
+
+    Raises:
+        TarsiftError: see `next_done`.
+    """
+    task: Any = ray.remote(num_cpus=1, **TASK_OPTIONS)(function)
+    running = {task.remote(*arguments, **named): ""}
+    try:
+        return ray.get(next_done(running, function))
+    finally:
+        cancel(running)
+
+
+def next_done(running: Mapping[ray.ObjectRef, Any], function: Callable[..., Any]) -> ray.ObjectRef:
+    """Wait for the first of the calls of a function to end; `running` names what each works on.
+
+    Raises:
+        TarsiftError: if none has ended within the `stall_timeout_s` of the session.
+    """
+    limit = stall_timeout_s()
+    done, _ = ray.wait(list(running), num_returns=1, timeout=limit)
+    if done:
+        return done[0]
+    names = [str(getattr(item, "name", item)) for item in running.values()]
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    named = ", ".join(filter(None, names[:NAMED]))
+    raise stalled(limit, f"{function.__name__}{f' ({named}{more})' if named else ''}", smaller="smaller shards")
+
+
+def cancel(running: Collection[ray.ObjectRef]) -> None:
+    """End calls that nobody waits for any more: in a Ray that goes on they would write to what others hold by then."""
+    if not running or not ray.is_initialized():
+        return
+    for call in running:
+        with suppress(RayError):  # Ray is lost, and they with it
+            ray.cancel(call, force=True)
+    ray.wait(list(running), num_returns=len(running), timeout=CANCEL_S)

@@ -74,14 +74,14 @@ def verify(out: str, inputs: str | Sequence[str] | None = None, *, progress: Lis
     """
     start = time.monotonic()
     run = reopen_run(out)
-    given = {shard.name: shard for shard in (list_shards(inputs) if inputs else run.shards)}
+    given = {shard.name: shard for shard in (shards_outside(inputs, run.out) if inputs else run.shards)}
     written_print = run.fingerprint_of("write")
     if written_print is None:
         raise UsageError(f"{out} is not complete: the pass write was never done. Run the same `tarsift clean` again.")
     run.complete("flag")
     with_shards = run.config.write.shards
     faults = [Fault(fault="unknown_shard", detail=name) for name in sorted(given.keys() - set(run.names))]
-    with session():
+    with session(stall_timeout_s=run.config.resources.stall_timeout_s):
         homes, unreadable = _count_verdicts(run)
         entries = Ledger(run.out, "write", written_print).entries(run.names) if with_shards else {}
         proofs = _compare_shards(run, given, entries, unreadable, progress) if with_shards else {}

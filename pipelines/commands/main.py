@@ -120,7 +120,10 @@ def audit(
 
     settings = compose(config, set_, {"read.captions": captions})
     with shown_progress(quiet) as progress:
-        found = recipe(shards, decode=decode, read=settings.read, images=settings.images, progress=progress)
+        found = recipe(
+            shards, decode=decode, read=settings.read, images=settings.images,
+            stall_timeout_s=settings.resources.stall_timeout_s, progress=progress,
+        )  # fmt: skip
     answer(found.to_json(), lambda console: print_audit(found, console), as_json=json_, quiet=quiet)
     if not found.whole:
         raise typer.Exit(EXIT_CODES["findings"])

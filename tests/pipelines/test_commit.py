@@ -3,17 +3,22 @@
 import hashlib
 import json
 import random
+import time
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray.exceptions import TaskCancelledError, WorkerCrashedError
 
 from tarsift.operators import storage
 from tarsift.operators.errors import TarsiftError
 from tarsift.operators.schema import fixed_size_list, matrix
+from tarsift.operators.shards import Shard
 from tarsift.operators.stored import ReadStored, Stored, end_row
-from tarsift.pipelines.commit import ROW_GROUP_ROWS, Coverage, merge_parts, runs, write_parts
+from tarsift.pipelines import commit, tasks
+from tarsift.pipelines.commit import ROW_GROUP_ROWS, Coverage, merge_parts, run_pass, runs, write_parts
+from tarsift.pipelines.ledger import Ledger
 
 
 def rows(shard: str, first: int, last: int) -> pa.Table:
@@ -139,3 +144,22 @@ def test_a_shard_without_samples_keeps_its_columns(tmp_path):
     (row,) = ReadStored([Stored(str(tmp_path)), Stored(str(tmp_path), ("x",))], receipts=True)("s")
     assert row.column_names == schema.names
     assert json.loads(row["key"][0].as_py()) == {"rows": 0, "repeated": 0}
+
+
+def stuck_merge(*arguments) -> None:
+    time.sleep(600)
+
+
+def test_a_merge_that_never_ends_is_told_and_cancelled(ray_session, tmp_path, monkeypatch):
+    monkeypatch.setattr(commit, "_merge_and_tidy", stuck_merge)
+    monkeypatch.setattr(tasks, "stall_timeout_s", lambda: 1.0)
+    cancel, cancelled = ray_session.cancel, []
+    monkeypatch.setattr(ray_session, "cancel", lambda call, force: cancelled.append(call) or cancel(call, force=force))
+    table = rows("s", 0, 2).append_column("key", pa.array(["0", "1", "2"]))
+    table = pa.concat_tables([table, end_row(table.schema, "s", 3)])
+    ledger = Ledger(str(tmp_path), "p", "f")
+    with pytest.raises(TarsiftError, match=r"no progress for 1 s in stuck_merge \(s\)"):
+        run_pass(ledger, [Shard(name="s", url="", size=0)], lambda wave: ray_session.data.from_arrow(table), folder="p")
+    assert len(cancelled) == 1
+    with pytest.raises((TaskCancelledError, WorkerCrashedError)):
+        ray_session.get(cancelled[0], timeout=60)
