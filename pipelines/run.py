@@ -152,9 +152,17 @@ class Run:
         return [n for n in ("flag", "write") if self.fingerprint_of(n) not in (None, wanted[n])]
 
 
-def lies_below(out: str, url: str) -> bool:
-    """Tell whether a file is part of a result folder."""
-    return url.startswith(out.rstrip("/") + "/")
+def shards_outside(inputs: str | Sequence[str], out: str) -> list[Shard]:
+    """List shards, but for those of the result folder, which may lie below the dump.
+
+    Raises:
+        UsageError: if no other is left.
+    """
+    folder = out.rstrip("/") + "/"
+    shards = [shard for shard in list_shards(inputs) if not shard.url.startswith(folder)]
+    if not shards:
+        raise UsageError(f"all shards that are given lie in {out}, the result folder: give another --out.")
+    return shards
 
 
 def embed_name(role: str) -> str:
@@ -172,9 +180,7 @@ def open_run(inputs: str | Sequence[str], out: str, config: CleanConfig, *, prog
     refuse_encoders(config)
     out = storage.absolute(out)
     config = with_absolute_paths(config)
-    shards = [shard for shard in list_shards(inputs) if not lies_below(out, shard.url)]
-    if not shards:
-        raise UsageError(f"all shards that are given lie in {out}, the result folder: give another --out.")
+    shards = shards_outside(inputs, out)
     listed = [{"name": s.name, "url": s.url, "size": s.size} for s in shards]
     with storage.reachable(out):
         file = RunFile.load(out)

@@ -15,11 +15,11 @@ from pydantic import BaseModel, ConfigDict
 from tarsift.operators import storage
 from tarsift.operators.errors import Interrupted, TarsiftError, UsageError
 from tarsift.operators.flag import HOMES
-from tarsift.operators.listing import Shard, list_shards
+from tarsift.operators.listing import Shard
 from tarsift.operators.verify import Fault, ShardProof, verify_shard
 from tarsift.pipelines.ledger import Ledger
 from tarsift.pipelines.progress import Event, Listener, silent
-from tarsift.pipelines.run import Run, reopen_run
+from tarsift.pipelines.run import Run, reopen_run, shards_outside
 from tarsift.pipelines.session import session
 from tarsift.pipelines.tasks import side_by_side
 from tarsift.pipelines.write import kept_rows, shard_outputs, verdicts_of

@@ -19,6 +19,7 @@ from tarsift.pipelines.embed import refuse_other_weights
 from tarsift.pipelines.ledger import Ledger
 from tarsift.pipelines.run import open_run, reopen_run
 from tarsift.pipelines.trusted import TrustedReference
+from tarsift.pipelines.verify import verify
 from tests.conftest import make_dump, make_encoder
 
 HOMES = ("clean", "removed", "errored")
@@ -152,6 +153,7 @@ def test_a_result_folder_below_the_dump_is_no_part_of_it(whole, tmp_path, settin
     out = str(tmp_path / "dump" / "out")
     first = clean(str(tmp_path / "dump"), out, config=settings)
     assert clean(str(tmp_path / "dump"), out, config=settings).counts == first.counts
+    assert verify(out, str(tmp_path / "dump")).holds
     with pytest.raises(UsageError, match="all shards that are given lie in"):
         open_run(f"{out}/clean", out, settings)
 
