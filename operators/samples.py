@@ -73,10 +73,8 @@ def split_name(name: str) -> tuple[str, str]:
     slash = name.rfind("/") + 1
     stem, dot, part = name[slash:].rpartition(".")
     part = part.lower()
-    if dot and not stem and slash and part in USED_PARTS:
-        return name[:slash], part
     if not stem or not part or stem[0] == ".":
-        return "", ""
+        return (name[:slash], part) if dot and slash and not stem and part in USED_PARTS else ("", "")
     if "." in stem:
         stem, part = _take_in_roles(stem, part)
     return name[:slash] + stem, part

@@ -211,7 +211,7 @@ class Sample:
     def __init__(self, key: str, repeats: bool) -> None:
         self.key, self.repeats = key, repeats
         self.image: bytes | None = None
-        self.image_part: str | None = None
+        self.image_part = ""
         self.several = False  # there is more than one image
         self.offset: int | None = None
         self.size: int | None = None
@@ -228,19 +228,15 @@ class Sample:
         elif member.type != "file":
             self.state = self.state or "unsupported_member"
         elif placed.part in IMAGE_PARTS:
-            self._add_image(placed)
+            self.several = self.offset is not None
+            # Of several images the one that open_clip's loader trains on is scored.
+            if not self.several or IMAGE_ORDER.index(placed.part) < IMAGE_ORDER.index(self.image_part):
+                self.image, self.offset, self.size = member.payload, member.offset, member.size
+                self.image_part = placed.part
         elif placed.part == "txt":
             self.caption, self.caption_size = member.payload, member.size
         elif placed.part == "json":
             self.json, self.json_size = member.payload, member.size
-
-    def _add_image(self, placed: Placed) -> None:
-        # Of several images the one that open_clip's loader trains on is scored.
-        part, member = placed.part, placed.member
-        self.several = self.image_part is not None
-        if self.image_part is None or IMAGE_ORDER.index(part) < IMAGE_ORDER.index(self.image_part):
-            self.image_part = part
-            self.image, self.offset, self.size = member.payload, member.offset, member.size
 
     def is_whole(self, config: ReadConfig) -> bool:
         has_caption = self.caption_size >= 0 if config.captions == "txt" else self.json_size >= 0

@@ -44,8 +44,8 @@ COMPRESSED = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _LIKE_COMPRESSED = rb"\x1f\x8b\x08|BZh.1AY&SY|\]\0\0\x80|\xfd7zXZ|\x28\xb5\x2f\xfd"
 # A header as nearly all writers make it, with size and checksum; others are looked at field by field.
 _USUAL_HEADER = re.compile(
-    rb"(?s)(?!" + _LIKE_COMPRESSED + rb").{100}(?:[0-7]{7}[ \0]){3}([0-7]{11})[ \0][0-7]{11}[ \0]([0-7]{6})\0 "
-    rb".{173}(?:\0{16}|(?:[0-7]{7}[ \0]){2})"
+    rb"(?s)(?!" + _LIKE_COMPRESSED + rb").{100}[0-7]{7}[ \0][0-7]{7}[ \0][0-7]{7}[ \0]([0-7]{11})[ \0][0-7]{11}[ \0]"
+    rb"([0-7]{6})\0 .{173}(?:\0{16}|[0-7]{7}[ \0][0-7]{7}[ \0])"
 )
 _NUMBERS = ((100, 108), (108, 116), (116, 124), (136, 148), (329, 337), (337, 345))
 _SPARSE_NUMBERS = (*((at, at + 12) for at in range(386, 482, 12)), (483, 495))
