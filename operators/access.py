@@ -65,9 +65,10 @@ def _answer(error: BaseException) -> tuple[str, int | None]:
     if isinstance(response, Mapping):  # botocore
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         code = str(response.get("Error", {}).get("Code") or status)
-    else:  # aiohttp; gcsfs; requests and httpx
-        places = ((error, "status"), (error, "code"), (response, "status_code"))
-        status = next((s for s in (getattr(*place, None) for place in places) if isinstance(s, int)), None)
+    else:  # aiohttp; requests and httpx; gcsfs: other errors have a `code` that no store has answered
+        answers = [getattr(error, "status", None), getattr(response, "status_code", None)]
+        answers += [getattr(error, "code", None)] if type(error).__name__ == "HttpError" else []
+        status = next((answer for answer in answers if isinstance(answer, int)), None)
         code = str(status)
     return (code, status) if isinstance(status, int) else ("", None)
 

@@ -11,6 +11,8 @@ from tarsift.operators.access import CHECKS, refusal, refused, unread
 from tarsift.operators.errors import AccessError, StoreError
 
 ClientError = pytest.importorskip("botocore.exceptions").ClientError
+ClientPayloadError = pytest.importorskip("aiohttp.client_exceptions").ClientPayloadError
+ContentLengthError = pytest.importorskip("aiohttp.http_exceptions").ContentLengthError
 translated = pytest.importorskip("s3fs.errors").translate_boto_error
 
 
@@ -83,6 +85,14 @@ def test_other_drivers():
     assert refusal(PermissionError("no")) == "PermissionError"
     assert refusal(OSError(errno.EIO, "broken")) is None
     assert refusal(ValueError("x")) is None
+
+
+def test_an_answer_that_broke_off_is_no_refusal():
+    """aiohttp gives it the number of an answer that nobody has given."""
+    broken = ClientPayloadError("Response payload is not completed")
+    broken.__cause__ = ContentLengthError("Not enough data to satisfy content length header")
+    assert broken.__cause__.code == 400
+    assert refusal(broken) is None
 
 
 def test_a_refusal_keeps_what_it_says_on_its_way_from_a_worker():
