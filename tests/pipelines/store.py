@@ -46,6 +46,7 @@ class Store:
     away_until: float = 0.0  # by time.monotonic(): until then nobody is served
     refusal: str = ""  # one of REFUSALS: every request is refused with it
     refuse_from: int = 0  # but only those of objects from this byte on
+    break_off: int = 0  # so many of the next answers that begin in the middle of an object break off
     resets: list[str] = field(default_factory=list)  # ranges whose answer broke off in the middle
 
     @property
@@ -110,6 +111,9 @@ def s3_proxy(port: int = 0, *, seed: int = 0) -> Iterator[Store]:
             with guard:
                 store.requests += 1
                 fails, resets = rng.random() < store.rate, rng.random() < 0.5
+                if store.break_off and _first_byte(self.headers) > 0:
+                    store.break_off -= 1
+                    fails = resets = True
             if store.refusal and _first_byte(self.headers) >= store.refuse_from:
                 store.failures[store.refusal] += 1
                 self._answer(REFUSALS[store.refusal], {"Content-Type": "application/xml"}, _refusal(store.refusal))
