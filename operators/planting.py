@@ -245,8 +245,8 @@ class _Rewrite:
         return caption.encode() if part == "txt" else _new_json(data, caption, self.config)
 
     def _image(self, data: bytes, row: int, attack: str | None, pixels: Decoded | None) -> bytes:
-        if attack is not None:  # a sample's first image is the one that is read
-            self.faults.setdefault(row, pixels.reason if isinstance(pixels, UnusableImage) else None)
+        if attack is not None:  # a chosen sample has one image; one of several has an error
+            self.faults[row] = pixels.reason if isinstance(pixels, UnusableImage) else None
         if not isinstance(pixels, np.ndarray):
             return data
         shown = pixels[None]
