@@ -17,7 +17,7 @@ from PIL import Image
 
 from tests.operators.tars import archive, header, member, padded, pax
 
-GB = 1 << 30
+GB, MB = 1 << 30, 1 << 20
 MAX_IMAGE_BYTES = 1 << 20  # to be given as `read.max_image_bytes`
 
 
@@ -26,6 +26,17 @@ def jpeg(seed: int) -> bytes:
     out = io.BytesIO()
     Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC).save(out, "JPEG")
     return out.getvalue()
+
+
+# Names of files that are allowed, and that shells, pages, URLs and globs would take for something else.
+SHARD_NAMES = (
+    "<svg onload=alert(1)>",
+    "$(touch tarsift-escape)",
+    "%2e%2e%2fescape",
+    "'; touch tarsift-escape '",
+    "-rf",
+)
+REFUSED_NAMES = ("a\\b", "a::b", "esc\x1b]0;owned\x07", "two\nlines", "not\udcffutf8")
 
 
 class Canary:
@@ -40,13 +51,17 @@ class Canary:
 
 @dataclass(frozen=True)
 class Trap:
-    """A sample, or a shard where `whole` is set, and how it is to be named: a reason, a problem, or None."""
+    """A sample, or a shard where `whole` is set, and how it is to be named: a reason, a problem, or None.
+
+    It is `rows` samples to who reads it, of which the last one is named.
+    """
 
     name: str
     content: bytes
     named: str | None
     whole: bool = False
     compressed: bool = False
+    rows: int = 1
 
 
 def png(width: int, height: int) -> bytes:
@@ -88,8 +103,9 @@ def traps(canary: Path) -> list[Trap]:
         Trap("huge-number", sample("huge-number", json=b'{"uid": ' + b"9" * 500_000 + b"}"), "bad_json"),
         Trap("long-name", pax(path=f"{long_name}.jpg") + member("y", jpeg(1)), "missing_caption"),
         Trap("sparse", pax(GNU__sparse__realsize=str(10 * GB)) + member("sparse.jpg", b""), "unsupported_member"),
-        Trap("claims", archive([sample("before")]) [:-10240] + header(b"claims.jpg", 10 * GB), "truncated", whole=True),
+        Trap("claims", sample("before") + header(b"claims.jpg", 10 * GB), "truncated", whole=True),
         Trap("zeros", archive([sample("zeros", bytes(20 * MAX_IMAGE_BYTES))]), None, whole=True, compressed=True),
+        Trap("parts", sample("parts", **{f"p{i}": b"" for i in range(300)}), "scattered_sample", rows=2),
         # Elsewhere.
         Trap("dots", sample("../../escape"), None),
         Trap("absolute", sample("/tmp/tarsift-escape"), None),
@@ -111,6 +127,8 @@ def traps(canary: Path) -> list[Trap]:
         Trap("empty-image", sample("empty-image", b""), "undecodable_image"),
         Trap("text", b"this is no tar at all, it is a text of some length " * 200, "bad_header", whole=True),
         Trap("nothing", b"", "no_end_marker", whole=True),
+        Trap("sidecars", archive([sample("sidecars")]), None, whole=True),
+        *(Trap(name, archive([sample("named")]), None, whole=True) for name in SHARD_NAMES),
     ]  # fmt: skip
 
 
@@ -119,12 +137,42 @@ def make_traps(folder: Path, canary: Path, *, good: int = 3, samples: int = 60) 
     folder.mkdir(parents=True)
     made = traps(canary)
     for number in range(good):
-        rows = [sample(f"{i:05d}", jpeg(1000 * number + i), b"a photo of thing %d" % (i % 7)) for i in range(samples)]
+        said = [f"a photo of thing {i % 7}" for i in range(samples)]
+        rows = [
+            sample(f"{i:05d}", jpeg(1000 * number + i), text.encode(), json=json.dumps({"caption": text}).encode())
+            for i, text in enumerate(said)
+        ]
         (folder / f"good-{number}.tar").write_bytes(archive(rows))
     (folder / "traps.tar").write_bytes(archive([trap.content for trap in made if not trap.whole]))
     for trap in made:
         if trap.whole:
             data = gzip.compress(trap.content, 1) if trap.compressed else trap.content
             (folder / f"{trap.name}.tar{'.gz' if trap.compressed else ''}").write_bytes(data)
+    (folder / "sidecars_stats.json").write_bytes(b"[" * 200_000)
+    (folder / "sidecars.parquet").write_bytes(pickle.dumps(Canary(canary)))
     assert not tarfile.is_tarfile(folder / "text.tar")
     return made
+
+
+def gzip_bomb(path: Path, size: int) -> None:
+    """Write a shard of one sample whose image is `size` zeros, a thousandth of that as it is stored."""
+    with gzip.open(path, "wb", 1) as file:
+        file.write(header(b"bomb.jpg", size))
+        for _ in range(size // MB):
+            file.write(bytes(MB))
+        file.write(member("bomb.txt", b"a photo of nothing") + bytes(1024))
+
+
+def member_bomb(path: Path, members: int) -> None:
+    """Write a shard of empty members, every one of another sample."""
+    with gzip.open(path, "wb", 1) as file:
+        block = np.frombuffer(header(b"0000000.txt"), np.uint8)
+        for first in range(0, members, 10_000):
+            blocks = np.tile(block, (10_000, 1))
+            numbers = [b"%07d" % i for i in range(first, first + 10_000)]
+            blocks[:, :7] = np.frombuffer(b"".join(numbers), np.uint8).reshape(-1, 7)
+            blocks[:, 148:156] = ord(" ")
+            sums = [b"%06o\0 " % total for total in blocks.sum(axis=1, dtype=np.int64)]
+            blocks[:, 148:156] = np.frombuffer(b"".join(sums), np.uint8).reshape(-1, 8)
+            file.write(blocks.tobytes())
+        file.write(bytes(1024))
