@@ -53,6 +53,12 @@ class Pair(NamedTuple):
 NO_PAIR = frozenset({"duplicate_key", "caption_too_large"})
 
 
+def count_pairs(table: pa.Table) -> int:
+    """Return how many rows of a table of `ReadShard` are pairs, if their images decode."""
+    there = np.asarray(table["image"].is_valid()) & np.asarray(table["caption"].is_valid())
+    return sum(whole and error not in NO_PAIR for whole, error in zip(there, table["error"].to_pylist(), strict=True))
+
+
 @dataclass(frozen=True)
 class PairReader:
     """Reads pairs from shards, by the reader and within the bounds of the main job.

@@ -14,6 +14,7 @@ from tarsift.operators import storage
 from tarsift.operators.errors import TarsiftError, UsageError
 from tarsift.operators.models import load_checkpoint, state_sha256
 from tarsift.operators.shards import ReadConfig, ReadShard, Shard, ShardEnd, list_shards
+from tarsift.pipelines.pairs import count_pairs
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.session import TASK_OPTIONS, session
 from tarsift.pipelines.train_job import Job, Origin, PretrainConfig, ShardDigest, find_origin, train
@@ -110,7 +111,7 @@ def digest_shard(shard: Shard, read: ReadConfig) -> ShardDigest:
         if table["row"][0].as_py() < 0:
             end = ShardEnd.model_validate_json(table["key"][0].as_py())
         else:
-            pairs += len(table) - max(table["image"].null_count, table["caption"].null_count)
+            pairs += count_pairs(table)
     assert end is not None  # a reader with receipts always ends with one
     return ShardDigest(shard.name, end.sha256, pairs, [str(problem) for problem in end.problems])
 

@@ -32,7 +32,7 @@ from tarsift.operators.regime import encoder_regime
 from tarsift.operators.shards import ReadConfig, list_shards
 from tarsift.pipelines import cli
 from tarsift.pipelines.pairs import PairReader, PairStream, cached_batches, load_pairs, streamed_batches
-from tarsift.pipelines.pretrain import PretrainConfig, pretrain_here
+from tarsift.pipelines.pretrain import PretrainConfig, digest_shard, pretrain_here
 from tarsift.pipelines.training import TrainConfig, encode_trimmed, learning_rate, train_clip
 from tests.operators.hostile_decoder import EAT, HANG, KILL, LATER, hostile
 
@@ -137,13 +137,15 @@ def test_reader_sees_the_samples_that_the_main_job_sees(tmp_path):
     data = bytearray((tmp_path / "x.tar").read_bytes())
     (tmp_path / "y.tar").write_bytes(data[: data.find(b"2.txt") + 200])
     skipped = Counter()
-    pairs = list(READER(list_shards(str(tmp_path)), skipped))
+    shards = list_shards(str(tmp_path))
+    pairs = list(READER(shards, skipped))
+    assert [digest_shard(shard, ReadConfig()).pairs for shard in shards] == [3, 2]
     assert [(pair.shard, pair.key, pair.caption) for pair in pairs] == [
         ("x", "0", "zero"), ("x", "1", "one"), ("x", "2", "two \N{REPLACEMENT CHARACTER}"),
         ("y", "0", "zero"), ("y", "1", "one"),
     ]  # fmt: skip
     assert skipped == {"duplicate_key": 2, "truncated_member": 1}
-    assert load_pairs(READER, list_shards(str(tmp_path)), TOKENIZER, most=5).skipped == skipped
+    assert load_pairs(READER, shards, TOKENIZER, most=5).skipped == skipped
 
 
 def test_cached_batches_are_permutations_shared_among_ranks(folder):
