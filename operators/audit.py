@@ -25,6 +25,7 @@ from tarsift.operators import storage
 from tarsift.operators.decoding import ImageConfig, UnusableImage, decode_image, strict_pillow
 from tarsift.operators.errors import REASONS, SHARD_PROBLEMS, AccessError, StoreError
 from tarsift.operators.isolation import HANG_IMAGES, IsolatedDecoder, killed_after
+from tarsift.operators.retry import take_repeated
 from tarsift.operators.shards import ReadConfig, Sample, Shard, ShardCounts, read_samples, unreadable
 from tarsift.operators.streams import open_shard
 
@@ -46,6 +47,8 @@ DIGESTS = ("sha256", "sha512", "md5")  # fields of img2dataset's `compute_hash`
 UNREACHED = (OSError, StoreError, AccessError)
 EXAMPLES = 5
 MAX_STATS_BYTES = 64 << 20
+MAX_LISTED = 10_000_000  # rows of a `.parquet`; img2dataset puts 10,000 samples into a shard
+MAX_KEY_BYTES = 4096
 
 
 class Problem(BaseModel):
@@ -59,7 +62,10 @@ class Problem(BaseModel):
 
 
 class ShardAudit(BaseModel):
-    """What there is to say of one shard; `sha256` and `bytes` are of the file as it is stored."""
+    """What there is to say of one shard; `sha256` and `bytes` are of the file as it is stored.
+
+    `repeated_requests` to the store were tried again, with success.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -72,6 +78,7 @@ class ShardAudit(BaseModel):
     compressed: bool
     digests_checked: int
     problems: tuple[Problem, ...] = ()
+    repeated_requests: int = 0
 
     @property
     def whole(self) -> bool:
@@ -155,6 +162,7 @@ class AuditShard:
             compressed=compressed,
             digests_checked=digests.checked,
             problems=found.problems(),
+            repeated_requests=take_repeated(),
         )
         return audit, np.array(uids, np.uint64)
 
@@ -225,21 +233,37 @@ def _try(decode: Callable[[bytes], Any], image: bytes, key: str, found: Findings
 def _downloaded(file: Any) -> Iterator[str]:
     """Yield the keys that img2dataset says are in the shard; none if the file is of another make.
 
+    Text is read as dictionaries: a file of some kilobytes may say a megabyte of text a million times.
+
     Raises:
-        ValueError: if what should be text is of an extension type. Ray registers one whose values are pickles, and
-            where it is loaded, looking at a value would run what the file says.
+        ValueError: if the two columns are not what img2dataset writes, or larger than any shard asks for. Ray registers
+            a type whose values are pickles; where it is loaded, looking at one would run what the file says.
     """
-    parquet = pq.ParquetFile(file)
-    if not {"key", "status"} <= set(parquet.schema_arrow.names):
+    schema = pq.read_schema(file)
+    if not {"key", "status"} <= set(schema.names):
         return
     for name in ("key", "status"):
-        kind = parquet.schema_arrow.field(name).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
-            raise ValueError(f"the column {name!r} is not of text or numbers")
+        kinds = [field.type for field in schema if field.name == name]
+        if len(kinds) > 1 or not _is_text(kinds[0]):
+            raise ValueError(f"its column {name!r} is {' and '.join(map(str, kinds))}, not text")
+    parquet = pq.ParquetFile(file, read_dictionary=["key", "status"])
+    if parquet.metadata.num_rows > MAX_LISTED:
+        raise ValueError(f"it lists {parquet.metadata.num_rows:,} samples, over {MAX_LISTED:,}")
     for batch in parquet.iter_batches(columns=["key", "status"]):
-        for key, status in zip(batch["key"].to_pylist(), batch["status"].to_pylist(), strict=True):
-            if status == "success":
-                yield str(key)
+        for column in batch.columns:
+            longest = max(map(len, column.dictionary.cast(pa.binary()).to_pylist()), default=0)
+            if longest > MAX_KEY_BYTES:
+                raise ValueError(f"it holds a text of {longest:,} bytes, over {MAX_KEY_BYTES:,}")
+        status = batch["status"]
+        codes = [code for code, text in enumerate(status.dictionary.to_pylist()) if text == "success"]
+        success = pa.array(np.isin(status.indices.to_numpy(zero_copy_only=False), codes))
+        yield from filter(None, batch["key"].filter(success).unique().to_pylist())
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 class Findings:

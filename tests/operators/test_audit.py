@@ -9,6 +9,7 @@ import io
 import json
 import pickle
 import random
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -259,6 +260,66 @@ def test_types_that_ray_registers_run_nothing(name: str, column: str, tmp_path: 
     counted = found(look(shard))
     assert not (tmp_path / "ran").exists()
     assert {"sidecar_unreadable", "parquet_mismatch"} & counted.keys()
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        (pa.array(range(3)), "its column 'key' is int64, not text"),
+        (pa.array([{"a": 1}] * 3), "its column 'key' is struct"),
+        (pa.array([2**31 - 1] * 3, pa.date32()), "its column 'key' is date32"),  # a day that Python has not
+        (pa.array([b"\xff"] * 3), "its column 'key' is binary"),
+        (pa.array(["k" * 1_000_000] * 3), "a text of 1,000,000 bytes, over 4,096"),
+    ],
+)
+def test_a_parquet_that_is_not_img2datasets(tmp_path: Path, key: pa.Array, says: str):
+    shard = put(tmp_path, archive(members()))
+    pq.write_table(pa.table({"key": key, "status": ["success"] * len(key)}), tmp_path / "s.parquet")
+    audit = look(shard)
+    assert found(audit) == {"sidecar_unreadable": 1}
+    assert says in audit.problems[0].examples[0]
+
+
+def test_a_parquet_of_columns_twice_or_too_many_rows(tmp_path: Path, monkeypatch):
+    shard, path = put(tmp_path, archive(members())), tmp_path / "s.parquet"
+    texts = pa.array(["a", "b"])
+    pq.write_table(pa.Table.from_arrays([texts, texts, texts], ["key", "key", "status"]), path)
+    assert "is string and string" in look(shard).problems[0].examples[0]
+    monkeypatch.setattr("tarsift.operators.audit.MAX_LISTED", 1)
+    pq.write_table(pa.table({"key": texts, "status": texts}), path)
+    assert "it lists 2 samples, over 1" in look(shard).problems[0].examples[0]
+
+
+def test_a_small_parquet_that_says_much_is_not_unfolded(tmp_path: Path):
+    shard = put(tmp_path, archive(members()))
+    rows = pa.array(np.zeros(70_000, np.int32))
+    columns = {"key": pa.array(["k" * 4000]), "status": pa.array(["success"])}
+    folded = {name: pa.DictionaryArray.from_arrays(rows, values) for name, values in columns.items()}
+    pq.write_table(pa.table(folded), tmp_path / "s.parquet")  # 280 MB of keys
+    assert (tmp_path / "s.parquet").stat().st_size < 1_000_000
+    usual, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        assert found(look(shard)).keys() == {"parquet_mismatch"}
+        peak = tracemalloc.get_traced_memory()[1] + pool.max_memory()
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(usual)
+    assert peak < 50_000_000
+
+
+def test_every_damage_of_a_parquet_is_a_problem_and_no_crash(tmp_path: Path):
+    shard, path = put(tmp_path, archive(members())), tmp_path / "s.parquet"
+    keys = [f"{i:05d}" for i in range(SAMPLES)]
+    pq.write_table(pa.table({"key": keys, "status": ["success"] * SAMPLES}), path)
+    whole, rng = path.read_bytes(), random.Random(0)
+    for _ in range(150):
+        data = bytearray(whole)
+        for at in rng.sample(range(len(data)), rng.randint(1, 4)):
+            data[at] = rng.randrange(256)
+        path.write_bytes(data[: rng.randrange(len(data))] if rng.random() < 0.25 else data)
+        assert found(look(shard)).keys() <= {"sidecar_unreadable", "parquet_mismatch"}
 
 
 def test_shared_uids():
