@@ -14,6 +14,7 @@ from typing import Annotated, BinaryIO, cast
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from tarsift.operators import storage
+from tarsift.operators.retry import take_repeated
 from tarsift.operators.samples import scan_members
 from tarsift.operators.shards import Shard
 from tarsift.operators.streams import ShardStream, open_shard
@@ -53,7 +54,10 @@ class Fault(BaseModel):
 
 
 class ShardProof(BaseModel):
-    """What was compared of one shard: members by where they went, and what is wrong, if anything."""
+    """What was compared of one shard: members by where they went, and what is wrong, if anything.
+
+    `repeated_requests` to the store were tried again, with success.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -61,6 +65,7 @@ class ShardProof(BaseModel):
     members: dict[str, int]
     bytes: int
     faults: tuple[Fault, ...] = ()
+    repeated_requests: int = 0
 
 
 def verify_shard(
@@ -131,7 +136,9 @@ def verify_shard(
             fault("surplus_member", f"{url} should not be there")
     if damage and not _same_tail(shard, damage.offset, tail_url(outputs["errored"])):
         fault("tail_differs", f"{tail_url(outputs['errored'])}, from byte {damage.offset} of {shard.url}")
-    return ShardProof(shard=shard.name, members=counts, bytes=size, faults=tuple(faults))
+    return ShardProof(
+        shard=shard.name, members=counts, bytes=size, faults=tuple(faults), repeated_requests=take_repeated()
+    )
 
 
 class _Hashing:

@@ -16,6 +16,7 @@ from ray.exceptions import OutOfMemoryError, RayError, WorkerCrashedError
 from tarsift.operators import storage
 from tarsift.operators.audit import EXAMPLES, AuditShard, Findings, Problem, ShardAudit, shared_uids
 from tarsift.operators.decoding import ImageConfig
+from tarsift.operators.retry import take_repeated
 from tarsift.operators.shards import ReadConfig, Shard, list_shards
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.session import STALL_TIMEOUT_S, session
@@ -29,6 +30,7 @@ class Audit(BaseModel):
 
     Attributes:
         decoded: whether images were decoded; without it a damaged image is not noticed.
+        repeated_requests: requests to the store that were tried again, with success.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -36,6 +38,7 @@ class Audit(BaseModel):
     shards: tuple[ShardAudit, ...]
     decoded: bool
     elapsed_s: float
+    repeated_requests: int = 0
 
     @property
     def whole(self) -> bool:
@@ -101,7 +104,10 @@ def audit(
         found = audits[names[position]]
         audits[found.shard] = found.model_copy(update={"problems": (*found.problems, *more.problems())})
     return Audit(
-        shards=tuple(audits[shard.name] for shard in shards), decoded=decode, elapsed_s=time.monotonic() - start
+        shards=tuple(audits[shard.name] for shard in shards),
+        decoded=decode,
+        elapsed_s=time.monotonic() - start,
+        repeated_requests=sum(found.repeated_requests for found in audits.values()) + take_repeated(),
     )
 
 

@@ -28,6 +28,7 @@ from tarsift.operators.poison import (
     image_of,
     survey_shard,
 )
+from tarsift.operators.retry import add_repeated, take_repeated
 from tarsift.operators.shards import Shard, list_shards
 from tarsift.pipelines.session import session
 from tarsift.pipelines.tasks import side_by_side
@@ -39,7 +40,8 @@ STALL_TIMEOUT_S = 1800.0  # there is no setting for it, and a task reads, decode
 class PoisonSummary:
     """What `poison` did; `truth` is the URL of the Parquet file that names the poisoned samples.
 
-    `unusable` counts the samples that cannot be poisoned, by reason.
+    `unusable` counts the samples that cannot be poisoned, by reason; `repeated_requests` to the store were tried
+    again, with success.
     """
 
     samples: int
@@ -47,6 +49,7 @@ class PoisonSummary:
     shards: list[str]
     truth: str
     unusable: dict[str, int] = field(default_factory=dict)
+    repeated_requests: int = 0
 
 
 def poison(
@@ -88,9 +91,16 @@ Each = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], list[Any]]
 
 def _in_tasks(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> list[Any]:
     calls = list(calls)
-    by_shard = ((arguments[0].name, arguments) for arguments in calls)
-    found = {name: ray.get(result) for name, (result,) in side_by_side(function, by_shard)}
+    by_shard = ((arguments[0].name, (function, *arguments)) for arguments in calls)
+    found = {}
+    for name, (result,) in side_by_side(_counting, by_shard):
+        found[name], repeated = ray.get(result)
+        add_repeated(repeated)
     return [found[arguments[0].name] for arguments in calls]
+
+
+def _counting(function: Callable[..., Any], *arguments: Any) -> tuple[Any, int]:
+    return function(*arguments), take_repeated()
 
 
 def _one_by_one(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> list[Any]:
@@ -130,7 +140,7 @@ def _plant(
     }
     storage.put_bytes(storage.join(out, "truth.json"), json.dumps(record, indent=2).encode())
     outputs = [_output(out, shard) for shard in sources]
-    return PoisonSummary(samples, len(truth), outputs, storage.join(out, "truth.parquet"), unusable)
+    return PoisonSummary(samples, len(truth), outputs, storage.join(out, "truth.parquet"), unusable, take_repeated())
 
 
 def _rewrite_all(

@@ -30,6 +30,11 @@ def say(text: str, quiet: bool) -> None:
         Screen().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def tried_again(requests: int) -> str:
+    """Return the end of a summary: how many requests to the store were tried again; nothing if none was."""
+    return f", {requests:,} requests to the store were tried again" if requests else ""
+
+
 def print_result(result: Any, console: Console) -> None:
     """Say what was done, how fast, and where the results are; paths are not broken across lines."""
     counts = result.counts
@@ -77,7 +82,7 @@ def print_audit(audit: Any, console: Console) -> None:
     verdict = f"{len(damaged):,} of {len(audit.shards):,} shards have problems" if damaged else "whole"
     console.print(
         f"{verdict}: {len(audit.shards):,} shards, {audit.samples:,} samples, {size(audit.bytes)} in "
-        f"{audit.elapsed_s:.0f} s ({size(int(rate))}/s), {looked}",
+        f"{audit.elapsed_s:.0f} s ({size(int(rate))}/s), {looked}{tried_again(audit.repeated_requests)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -99,7 +104,8 @@ def print_proof(proof: Any, console: Console) -> None:
     members = ", ".join(f"{home} {count:,}" for home, count in proof.members.items())
     what = f"{len(proof.shards):,} shards, members {members}" if proof.with_shards else "lists only, no shards written"
     verdict = f"{len(faulty):,} faults" if faulty else "holds"
-    console.print(f"{verdict}: {what}; {proof.elapsed_s:.0f} s", highlight=False, soft_wrap=True)
+    again = tried_again(proof.repeated_requests)
+    console.print(f"{verdict}: {what}; {proof.elapsed_s:.0f} s{again}", highlight=False, soft_wrap=True)
 
 
 STATES = {

@@ -16,6 +16,7 @@ from tarsift.operators import storage
 from tarsift.operators.errors import Interrupted, TarsiftError, UsageError
 from tarsift.operators.flag import HOMES
 from tarsift.operators.listing import Shard
+from tarsift.operators.retry import take_repeated
 from tarsift.operators.verify import Fault, ShardProof, verify_shard
 from tarsift.pipelines.ledger import Ledger
 from tarsift.pipelines.progress import Event, Listener, silent
@@ -31,6 +32,7 @@ class Proof(BaseModel):
     Attributes:
         with_shards: whether there are shards to compare; `--no-shards` writes lists only.
         faults: of the result as a whole.
+        repeated_requests: requests to the store that were tried again, with success.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -40,6 +42,7 @@ class Proof(BaseModel):
     with_shards: bool
     faults: tuple[Fault, ...]
     elapsed_s: float
+    repeated_requests: int = 0
 
     @property
     def holds(self) -> bool:
@@ -96,6 +99,7 @@ def verify(out: str, inputs: str | Sequence[str] | None = None, *, progress: Lis
         with_shards=with_shards,
         faults=tuple(faults),
         elapsed_s=time.monotonic() - start,
+        repeated_requests=sum(proof.repeated_requests for proof in proofs.values()) + take_repeated(),
     )
 
 

@@ -19,7 +19,7 @@ from tarsift.pipelines.options import (
     Shards,
     checked,
 )
-from tarsift.pipelines.printing import Screen, answer, plain, print_evaluation, print_findings, say
+from tarsift.pipelines.printing import Screen, answer, plain, print_evaluation, print_findings, say, tried_again
 from tarsift.pipelines.progress import shown_progress
 
 commands = typer.Typer()
@@ -110,6 +110,7 @@ def poison(
     with shown_progress(quiet):
         summary = recipe(shards, out=out, config=config)
     beside = f", {_counted(summary.unusable)} cannot be" if summary.unusable else ""
+    beside += tried_again(summary.repeated_requests)
     say(f"{summary.poisoned:,} of {summary.samples:,} samples poisoned in {out}{beside}; truth: {summary.truth}", quiet)
 
 

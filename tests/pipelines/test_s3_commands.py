@@ -1,0 +1,102 @@
+"""Every command on an S3 server that fails now and then: poison, the passes, and what is asked of the result."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tarsift.operators.poison import PoisonConfig
+from tarsift.pipelines.poison import poison_here
+from tests.conftest import make_dump, make_encoder
+from tests.pipelines.runs import tarsift
+from tests.pipelines.store import Store, files_of, s3_server
+
+pytest.importorskip("s3fs")
+pytestmark = pytest.mark.slow
+RATE = 0.05
+FEW_REQUESTS = 0.3  # so that commands of a dozen requests meet a failure, too
+DUMP, OUT = "s3://bucket/poisoned", "s3://bucket/out"
+AGAIN = re.compile(r"[1-9][0-9,]* requests to the store were tried again")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("commands")
+    make_dump(folder / "dump", shards=3, samples=60, flaws=False)
+    make_encoder(folder / "enc.pt", folder / "dump")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(folder) -> Iterator[Store]:
+    with s3_server(seed=1) as running:
+        files = files_of(running)
+        files.mkdir("bucket")
+        files.put(str(folder / "dump"), "bucket/dump", recursive=True)
+        yield running
+
+
+def run(store: Store, *arguments: str, rate: float = RATE) -> str:
+    """Run a command and return what it says, having checked that it ended well and did meet failures."""
+    store.rate, before = rate, store.failures.total()
+    try:
+        ended = subprocess.run(
+            tarsift(*arguments), env=os.environ | store.environment, capture_output=True, timeout=300, text=True
+        )
+    finally:
+        store.rate = 0.0
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert store.failures.total() > before, "no request failed: nothing was tried"
+    return ended.stdout
+
+
+# One after the other: each works on what those before it left.
+
+
+def test_poison(store, folder):
+    said = run(store, "poison", "s3://bucket/dump", "--out", DUMP, "--rate", "0.05", rate=FEW_REQUESTS)
+    assert AGAIN.search(said)
+    poison_here(str(folder / "dump"), out=str(folder / "poisoned"), config=PoisonConfig(rate=0.05))
+    files = files_of(store)
+    for file in (folder / "poisoned").iterdir():
+        assert files.cat_file(f"bucket/poisoned/{file.name}") == file.read_bytes()
+
+
+def test_audit(store):
+    said = run(store, "audit", DUMP, rate=FEW_REQUESTS)
+    assert "whole: 3 shards, 180 samples" in said
+    assert AGAIN.search(said)
+
+
+def test_the_passes_one_by_one(store, folder):
+    encoder = f"detect={folder / 'enc.pt'}"
+    said = run(store, "embed", DUMP, "--out", OUT, "--encoder", encoder, "--set", "suspicion.published_ks=[8, 16]")
+    assert "180 samples of 3 shards embedded" in said
+    assert "180 samples scored" in run(store, "score", OUT)
+    assert "of 180 samples flagged" in run(store, "flag", OUT, "--fraction", "0.1")
+    assert "samples kept" in run(store, "write", OUT)
+    assert "report: " in run(store, "report", OUT)
+    run_json = json.loads(files_of(store).cat_file("bucket/out/run.json"))
+    assert sum(figures["repeated_requests"] for figures in run_json["passes"].values()) > 0
+
+
+def test_verify(store):
+    said = run(store, "verify", OUT)
+    assert "holds: 3 shards" in said
+    assert AGAIN.search(said)
+
+
+def test_status(store):
+    assert "complete" in run(store, "status", OUT, rate=FEW_REQUESTS)
+
+
+def test_evaluate(store):
+    said = run(store, "evaluate", OUT, "--truth", f"{DUMP}/truth.parquet", "--json", rate=FEW_REQUESTS)
+    assert json.loads(said)["poisoned"] == 9
+    assert files_of(store).exists("bucket/out/evaluation.html")
