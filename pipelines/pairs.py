@@ -56,7 +56,8 @@ NO_PAIR = frozenset({"duplicate_key", "caption_too_large"})
 def count_pairs(table: pa.Table) -> int:
     """Return how many rows of a table of `ReadShard` are pairs, if their images decode."""
     there = np.asarray(table["image"].is_valid()) & np.asarray(table["caption"].is_valid())
-    return sum(whole and error not in NO_PAIR for whole, error in zip(there, table["error"].to_pylist(), strict=True))
+    errors = table["error"].to_pylist()
+    return sum(whole and error not in NO_PAIR for whole, error in zip(there.tolist(), errors, strict=True))
 
 
 @dataclass(frozen=True)
