@@ -2,8 +2,11 @@
 
 import hashlib
 import io
+import os
 import subprocess
 import tarfile
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # bits depend on it; and pools spinning on shared cores cost much
 
 import numpy as np
 import pytest
