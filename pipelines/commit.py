@@ -32,7 +32,7 @@ from tarsift.pipelines.ledger import Ledger
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.session import TASK_OPTIONS, map_tables
 from tarsift.pipelines.stopping import patient, stop_if_asked
-from tarsift.pipelines.tasks import cancel, next_done
+from tarsift.pipelines.tasks import leave, next_done
 
 RECEIPT_SCHEMA = pa.schema(
     [
@@ -334,7 +334,7 @@ def _run_wave(
         where = "; ".join(running) or "any stage"
         raise stalled(context.execution_no_progress_timeout_s, where, smaller="a smaller --batch-size") from error
     finally:
-        cancel(merging)
+        leave(merging)
     if waiting:
         name, coverage = next(iter(waiting.items()))
         raise TarsiftError(

@@ -14,6 +14,7 @@ from tarsift.pipelines.session import TASK_OPTIONS, stall_timeout_s
 
 Item = TypeVar("Item")
 PER_CPU = 2  # one that computes and one that waits for storage, or for its arguments
+SOON_S = 10.0  # in which calls that nobody waits for may end by themselves
 CANCEL_S = 5.0  # in which a task that is cancelled ends, unless its process does not move at all
 NAMED = 3  # items that an error names
 
@@ -37,7 +38,7 @@ def side_by_side(
         worker died as often as a task is retried.
 
     Raises:
-        TarsiftError: see `next_done`. However it ends, calls that still run are cancelled.
+        TarsiftError: see `next_done`. However it ends, no call runs on.
     """
     retries: dict[str, Any] = TASK_OPTIONS if max_retries is None else {"max_retries": max_retries}
     task: Any = ray.remote(num_cpus=1, num_returns=num_returns, **retries)(function)
@@ -61,7 +62,7 @@ def side_by_side(
                 done = next_done(running, function)
                 yield running.pop(done), promised.pop(done)
     finally:
-        cancel(running)
+        leave(running)
 
 
 def run_task(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
@@ -73,9 +74,11 @@ def run_task(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any
     task: Any = ray.remote(num_cpus=1, **TASK_OPTIONS)(function)
     running = {task.remote(*arguments, **named): ""}
     try:
-        return ray.get(next_done(running, function))
+        done = next_done(running, function)
+        del running[done]
+        return ray.get(done)
     finally:
-        cancel(running)
+        leave(running)
 
 
 def next_done(running: Mapping[ray.ObjectRef, Any], function: Callable[..., Any]) -> ray.ObjectRef:
@@ -94,11 +97,17 @@ def next_done(running: Mapping[ray.ObjectRef, Any], function: Callable[..., Any]
     raise stalled(limit, f"{function.__name__}{f' ({named}{more})' if named else ''}", smaller="smaller shards")
 
 
-def cancel(running: Collection[ray.ObjectRef]) -> None:
-    """End calls that nobody waits for any more: in a Ray that goes on they would write to what others hold by then."""
+def leave(running: Collection[ray.ObjectRef]) -> None:
+    """See to it that calls whose results nobody wants any more end: in a Ray that goes on they would write on.
+
+    Those that end soon are waited for, and only the others cancelled: Ray 2.60 ends the process that drives it,
+    without a word, when a call that it is to cancel has just ended by itself.
+    """
     if not running or not ray.is_initialized():
         return
-    for call in running:
-        with suppress(RayError):  # Ray is lost, and they with it
+    with suppress(RayError):  # Ray is lost, and they with it
+        _, left = ray.wait(list(running), num_returns=len(running), timeout=SOON_S)
+        for call in left:
             ray.cancel(call, force=True)
-    ray.wait(list(running), num_returns=len(running), timeout=CANCEL_S)
+        if left:
+            ray.wait(left, num_returns=len(left), timeout=CANCEL_S)

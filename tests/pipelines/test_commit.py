@@ -153,6 +153,7 @@ def stuck_merge(*arguments) -> None:
 def test_a_merge_that_never_ends_is_told_and_cancelled(ray_session, tmp_path, monkeypatch):
     monkeypatch.setattr(commit, "_merge_and_tidy", stuck_merge)
     monkeypatch.setattr(tasks, "stall_timeout_s", lambda: 1.0)
+    monkeypatch.setattr(tasks, "SOON_S", 0.2)
     cancel, cancelled = ray_session.cancel, []
     monkeypatch.setattr(ray_session, "cancel", lambda call, force: cancelled.append(call) or cancel(call, force=force))
     table = rows("s", 0, 2).append_column("key", pa.array(["0", "1", "2"]))

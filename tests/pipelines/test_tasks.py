@@ -11,8 +11,14 @@ import pytest
 
 from tarsift.operators.errors import TarsiftError
 from tarsift.operators.shards import Shard
+from tarsift.pipelines import tasks
 from tarsift.pipelines.session import session
 from tarsift.pipelines.tasks import next_done, run_task, side_by_side
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(tasks, "SOON_S", 0.2)
 
 
 def never_ends(folder: str, number: int = 0) -> None:
