@@ -17,6 +17,7 @@ from ray.train import ControllerError, WorkerGroupError
 
 from tarsift.operators.errors import TarsiftError, UsageError
 from tarsift.operators.models import load_checkpoint, state_sha256
+from tarsift.pipelines import stopping
 from tarsift.pipelines.pretrain import PretrainConfig, pretrain, pretrain_here
 from tarsift.pipelines.train_workers import _cause, _of_a_death, patiently
 from tests.conftest import make_dump
@@ -47,7 +48,7 @@ def test_what_is_behind_a_failed_training(failures, kind, again):
     assert str(_cause(ValueError("none of Ray Train's"))) == "none of Ray Train's"
 
 
-def test_what_was_done_before_a_request_counts():
+def test_what_was_done_before_a_request_counts(monkeypatch):
     def work(asked):
         os.kill(os.getpid(), signal.SIGINT)
         assert asked()
@@ -59,6 +60,8 @@ def test_what_was_done_before_a_request_counts():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
+    patiently(twice)  # signals that come together are one request
+    monkeypatch.setattr(stopping, "REPEAT_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         patiently(twice)
 
