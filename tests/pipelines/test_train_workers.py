@@ -66,6 +66,9 @@ def test_what_was_done_before_a_request_counts(monkeypatch):
         patiently(twice)
 
 
+EPOCHS = 100  # of five steps: long enough that it is still on when it is hit for the third time
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
     make_dump(tmp_path / "dump", shards=2, samples=60)
@@ -73,7 +76,8 @@ def folder(tmp_path) -> Path:
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
-    flags = ["--batch-size", "20", "--epochs", "40", "--snapshot-s", "0.2", "--losses", str(folder / "e.parquet")]
+    flags = ["--batch-size", "20", "--epochs", str(EPOCHS), "--snapshot-s", "0.2"]
+    flags += ["--losses", str(folder / "e.parquet")]
     command = tarsift("pretrain", str(folder / "dump"), "--out", str(folder / "e.pt"), *flags)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -133,9 +137,9 @@ def test_stopped_killed_and_bereft_of_a_worker_it_ends_as_undisturbed(folder):
     os.kill(worker, signal.SIGKILL)
     told, _ = child.communicate(timeout=300)
     assert child.returncode == 0, told
-    assert f"200 steps ({done} of them before)" in told
+    assert f"{5 * EPOCHS} steps ({done} of them before)" in told
 
-    config = PretrainConfig(batch_size=20, epochs=40, losses=str(folder / "here.parquet"))
+    config = PretrainConfig(batch_size=20, epochs=EPOCHS, losses=str(folder / "here.parquet"))
     here = pretrain_here(str(folder / "dump"), out=str(folder / "here.pt"), config=config)
     assert state_sha256(load_checkpoint(out).state_dict) == here.weights_sha256
     assert (folder / "e.parquet").read_bytes() == (folder / "here.parquet").read_bytes()
