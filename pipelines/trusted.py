@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +13,6 @@ from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
 from tarsift.operators.folds import FetchRows, SmallestHashes
 from tarsift.pipelines.folding import run_fold
-
-_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -82,12 +79,4 @@ def _look_at(url: str, path: str, weights_sha256: str) -> bytes:
                 "its embeddings/detect folder."
             )
         raw.seek(0)
-        digest = hashlib.sha256()
-        for block in _blocks(raw):
-            digest.update(block)
-        return digest.digest()
-
-
-def _blocks(raw) -> Iterator[bytes]:
-    while block := raw.read(_BLOCK_BYTES):
-        yield block
+        return hashlib.file_digest(raw, "sha256").digest()  # pyright: ignore[reportArgumentType]  # it has `readinto`

@@ -154,7 +154,7 @@ def doctor(
 ) -> None:
     """Say what works on this machine, what does not, and what to do: exit code 1 if something is broken.
 
-    With RAY_ADDRESS set it asks every node of that cluster; nothing is written unless --write is given.
+    It joins a Ray that is running and asks every node of it; nothing is written unless --write is given.
     """
     from tarsift.pipelines.doctor import BROKEN, examine
 
