@@ -22,7 +22,7 @@ from tarsift.operators.stored import ReadStored, Stored
 from tarsift.operators.writer import split_shard
 from tarsift.pipelines.commit import PassResult
 from tarsift.pipelines.folding import run_fold
-from tarsift.pipelines.ledger import Ledger, records_of
+from tarsift.pipelines.ledger import Ledger
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.stopping import patient
 from tarsift.pipelines.tasks import side_by_side
@@ -100,10 +100,9 @@ def write_pass(
 
 def remove_shards(shards: Sequence[str], out: str, fingerprint: str) -> None:
     """Remove the shards of an earlier pass, for a run that is to write lists only: they hold other verdicts."""
-    if records_of(out, "write"):
-        Ledger(out, "write", fingerprint).begin(shards)
-        for home in HOMES:
-            storage.remove_tree(storage.join(out, home))
+    Ledger(out, "write", fingerprint).begin(shards)
+    for home in HOMES:
+        storage.remove_tree(storage.join(out, home))
 
 
 def write_lists(shards: Sequence[str], out: str) -> int:
