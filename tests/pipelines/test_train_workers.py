@@ -114,6 +114,13 @@ def training_workers(child: subprocess.Popen[str]) -> list[int]:
     return [worker for worker in workers if is_below(worker)]
 
 
+def wait_for_the_end(processes: list[int]) -> None:
+    deadline = time.monotonic() + 120
+    while any(Path(f"/proc/{process}").exists() for process in processes):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_stopped_killed_and_bereft_of_a_worker_it_ends_as_undisturbed(folder):
     out = folder / "e.pt"
@@ -127,8 +134,10 @@ def test_stopped_killed_and_bereft_of_a_worker_it_ends_as_undisturbed(folder):
 
     child = start(folder)
     wait_for_a_snapshot(folder, child)
+    left = training_workers(child)
     child.kill()
     child.communicate(timeout=300)
+    wait_for_the_end(left)  # they train on, and keep snapshots, until Ray misses the command
     done = kept(folder)
 
     child = start(folder)
