@@ -1,11 +1,11 @@
 """Does memory grow with the dump? Resident memory of `tarsift clean`, summed over all its processes.
 
-Dumps of `--samples` tiny pictures each, in shards of `--per-shard`, go through the whole main job with
-512-d embeddings of both towers and two encoder actors (by default a dump of few shards gets one). Ten times
-a second the anonymous and file-backed resident memory of the command and of everything below it is summed;
-shared memory, where Ray keeps objects, is left out.
-Files mapped by several processes count once for each. Appends one JSON line per cell to `--results`; a
-cell that is there already (same settings and code) is not run again.
+Dumps of 128-pixel JPEGs go through the whole main job with 512-d embeddings of both towers and two encoder actors (by
+default a dump of few shards gets one). Smaller pictures are all read before the actors are up, so that a small dump
+never has all processes busy at once. Ten times a second the anonymous and file-backed resident memory of the command
+and of everything below it is summed; shared memory, where Ray keeps objects, is left out. Files mapped by several
+processes count once for each. Appends one JSON line per cell to `--results`; a cell that is there already (same
+settings and code) is not run again.
 
     python benchmarks/memory.py --results benchmarks/results/memory.jsonl
 
@@ -69,7 +69,7 @@ def watch(command: list[str]) -> tuple[int, float]:
 def run_cell(work: Path, samples: int, per_shard: int) -> dict[str, Any]:
     dump, encoder = work / f"dump-{samples}-{per_shard}", work / f"enc-{samples}-{per_shard}.pt"
     if not dump.exists():
-        write_shards(dump, soft_pictures(samples, side=32, quality=85, seed=0), per_shard=per_shard)
+        write_shards(dump, soft_pictures(samples, side=128, quality=85, seed=0), per_shard=per_shard)
     if not encoder.exists():
         make_encoder(encoder, dump)
     out = work / "out"

@@ -17,12 +17,12 @@ import contextlib
 import functools
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Float32, Int64, Shaped, UInt64
 
 CHUNK_BYTES = 32 * 2**20
@@ -32,6 +32,8 @@ BACKENDS = ("torch", "faiss", "faiss-gpu")
 _UNIT = 2.0**-24  # u, the unit roundoff of float32
 _NO_ROW = np.uint64(2**64 - 1)
 _CORE_TYPE = "OPENBLAS_CORETYPE"
+# One of these is there where a GPU can be: NVIDIA's, Jetson's, that of Windows' Linux, AMD's.
+_DRIVERS = ("/dev/nvidiactl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
 
 # chunk of queries -> (squared distances, ascending up to rounding; reference rows)
 Propose = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -99,8 +101,8 @@ def knn(
     width = min(size, k + 6 + k // 8)
     step = max(1, min(1024, CHUNK_BYTES // (4 * size)))
     again = 0
-    with _settings(threads):
-        propose = _proposer(choose_backend(backend, device), rows, width, device)
+    with _settings(threads, chosen := choose_backend(backend, device)):
+        propose = _proposer(chosen, rows, width, device)
         exact = _Exact(rows, float(lengths.max(initial=0.0)), others, k)
         for start in range(0, n, step):
             chunk = np.require(queries[start : start + step], np.float32, ["C", "W"])
@@ -122,7 +124,7 @@ def choose_backend(backend: str = "auto", device: str | None = None) -> str:
     if backend == "auto":
         if device is not None:
             return "torch"
-        if torch.cuda.is_available():
+        if _torch_sees_gpu():
             return "faiss-gpu" if _faiss_gpu_works() else "torch"
         return "torch" if _faiss_or_none() is None else "faiss"
     if backend not in BACKENDS:
@@ -132,7 +134,7 @@ def choose_backend(backend: str = "auto", device: str | None = None) -> str:
 
 def _proposer(backend: str, reference: np.ndarray, width: int, device: str | None) -> Propose:
     if backend == "torch":
-        return _propose_torch(reference, width, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return _propose_torch(reference, width, device or ("cuda" if _torch_sees_gpu() else "cpu"))
     faiss = _import_faiss(backend)
     if backend == "faiss":
         return lambda queries: faiss.knn(queries, reference, width)
@@ -140,7 +142,18 @@ def _proposer(backend: str, reference: np.ndarray, width: int, device: str | Non
     return lambda queries: faiss.knn_gpu(resources, queries, reference, width)
 
 
+def _torch_sees_gpu() -> bool:
+    """Ask torch for a GPU where there can be one: it takes seconds and half a gigabyte to load."""
+    if "torch" not in sys.modules and sys.platform == "linux" and not any(map(os.path.exists, _DRIVERS)):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def _propose_torch(reference: np.ndarray, width: int, device: str) -> Propose:
+    import torch
+
     rows = torch.from_numpy(reference).to(device)
     half = rows.square().sum(1).mul_(-0.5)
 
@@ -217,6 +230,8 @@ class _Exact:
 
 def _distances_by_torch(queries: np.ndarray, rows: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     """Do what faiss does, several times slower: it has to copy the rows."""
+    import torch
+
     (count, width), dimension = candidates.shape, rows.shape[1]
     q, r, index = (torch.from_numpy(array) for array in (queries, rows, candidates))
     wide = min(width, max(1, SCRATCH_BYTES // (4 * dimension)))
@@ -232,24 +247,34 @@ def _distances_by_torch(queries: np.ndarray, rows: np.ndarray, candidates: np.nd
 
 
 @contextlib.contextmanager
-def _settings(threads: int) -> Iterator[None]:
+def _settings(threads: int, backend: str) -> Iterator[None]:
     """Fix threads and full float32 precision, which the error bound presumes; put everything back after."""
     if threads < 1:
         raise ValueError(f"`threads` must be at least 1: got {threads}.")
-    before, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     faiss = _faiss_or_none()
-    faiss_before = faiss.omp_get_max_threads() if faiss else 0
+    with _torch_settings(threads) if backend == "torch" or faiss is None else contextlib.nullcontext():
+        before = faiss.omp_get_max_threads() if faiss else 0
+        try:
+            if faiss:
+                faiss.omp_set_num_threads(threads)
+            yield
+        finally:
+            if faiss:
+                faiss.omp_set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _torch_settings(threads: int) -> Iterator[None]:
+    import torch
+
+    before, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     try:
         torch.set_num_threads(threads)
         if precision != "highest":
             torch.set_float32_matmul_precision("highest")
-        if faiss:
-            faiss.omp_set_num_threads(threads)
         with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
-        if faiss:
-            faiss.omp_set_num_threads(faiss_before)
         if precision != "highest":
             torch.set_float32_matmul_precision(precision)
         torch.set_num_threads(before)
@@ -328,6 +353,15 @@ def _faiss_or_none() -> Any:
         return None
 
 
+def _cpu_features() -> dict[str, bool]:
+    """Return what the processor can do, as numpy found out; empty where it does not tell."""
+    with contextlib.suppress(ImportError):
+        from numpy._core._multiarray_umath import __cpu_features__  # pyright: ignore[reportAttributeAccessIssue]
+
+        return __cpu_features__
+    return {}
+
+
 @functools.cache
 def _load_faiss() -> Any:
     """Import faiss, and name the kernels for the OpenBLAS that it loads, where the user has not.
@@ -335,7 +369,8 @@ def _load_faiss() -> Any:
     The OpenBLAS in wheels of faiss (0.3.15) takes a processor newer than itself for one of 2004, and faiss is four
     times slower. Later ones ask what it can do, as is done here: https://github.com/OpenMathLib/OpenBLAS/pull/3485
     """
-    kernels = {"AVX512": "SkylakeX", "AVX2": "Haswell"}.get(torch.backends.cpu.get_cpu_capability())
+    can = _cpu_features()
+    kernels = "SkylakeX" if can.get("AVX512_SKX") else "Haswell" if can.get("AVX2") and can.get("FMA3") else None
     if kernels is None or _CORE_TYPE in os.environ:
         return importlib.import_module("faiss")
     os.environ[_CORE_TYPE] = kernels

@@ -25,6 +25,9 @@ ACTOR_OPTIONS: dict[str, Any] = {"max_restarts": -1, "max_task_retries": TASK_RE
 
 STALL_TIMEOUT_S = 270.0
 
+# Of pixels, as they go to the encoder. A worker holds a few blocks: half a gigabyte where they have Ray's own 128 MiB.
+BLOCK_BYTES = 32 << 20
+
 # Texts by which object stores and networks say "try again"; Ray's own list knows only pyarrow's.
 TRANSIENT_ERRORS = (
     "SlowDown",
@@ -125,6 +128,7 @@ def _data_context(stall_timeout_s: float) -> Iterator[None]:
         "print_on_execution_start": False,
         "enable_auto_log_stats": False,
         "execution_no_progress_timeout_s": stall_timeout_s,
+        "target_max_block_size": BLOCK_BYTES,
         "max_errored_blocks": 0,
         "raise_original_map_exception": True,  # else an error of ours is text inside one of Ray's
         "retried_io_errors": [*context.retried_io_errors, *TRANSIENT_ERRORS],

@@ -19,8 +19,9 @@ from tarsift.operators.schema import matrix
 from tarsift.operators.stored import ReadStored, Stored
 from tarsift.pipelines.report.folds import Overview, Tally, numbers, pc, strings
 
-BATCH_ROWS = 8192
-WAVE = 4  # shards per thread whose results may wait to be merged
+BATCH_ROWS = 1024
+FOLDING_THREADS = 2  # of each a hundred megabytes, and they wait for Python more than for a store
+WAVE = 2  # shards per thread whose results may wait to be merged
 
 
 @dataclass(frozen=True)
@@ -173,9 +174,10 @@ class RunReader:
                 return error
 
         shards = [shard for shard in shards if shard not in self.unread]
-        with ThreadPoolExecutor(self.threads) as pool:
-            for start in range(0, len(shards), WAVE * self.threads):
-                wave = shards[start : start + WAVE * self.threads]
+        threads = min(self.threads, FOLDING_THREADS)
+        with ThreadPoolExecutor(threads) as pool:
+            for start in range(0, len(shards), WAVE * threads):
+                wave = shards[start : start + WAVE * threads]
                 for shard, result in zip(wave, pool.map(guarded, wave), strict=True):
                     if isinstance(result, Exception):
                         self.unread[shard] = _why(result)

@@ -244,6 +244,20 @@ def test_openblas_is_told_what_the_processor_can_do(asked):
         assert "Core: Prescott" not in chosen
 
 
+@pytest.mark.skipif(any(map(os.path.exists, neighbors._DRIVERS)), reason="torch is asked for a GPU where one can be")
+def test_torch_is_not_loaded_where_faiss_searches():
+    """It takes seconds and half a gigabyte in every process that scores."""
+    code = (
+        "import sys, numpy as np\n"
+        "from tarsift.clip_detect.suspicion import suspicion\n"
+        "suspicion(np.random.default_rng(0).normal(size=(600, 8)).astype(np.float32))\n"
+        "import tarsift.pipelines.score\n"
+        "print('faiss' in sys.modules, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"], done.stderr
+
+
 def test_unit_norm_is_defined_for_zeros_and_alone_per_row():
     x = np.random.default_rng(6).normal(size=(5000, 20)).astype(np.float16)
     x[3] = 0
