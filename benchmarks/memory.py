@@ -1,8 +1,8 @@
 """Does memory grow with the dump? Resident memory of `tarsift clean`, summed over all its processes.
 
 Dumps of 128-pixel JPEGs go through the whole main job with 512-d embeddings of both towers and two encoder actors (by
-default a dump of few shards gets one). Smaller pictures are all read before the actors are up, so that a small dump
-never has all processes busy at once. Ten times a second the anonymous and file-backed resident memory of the command
+default a dump of few shards gets one). Smaller pictures, or two shards, are all read before the actors are up, so that a
+small dump would never have all processes busy at once. Ten times a second the anonymous and file-backed resident memory of the command
 and of everything below it is summed; shared memory, where Ray keeps objects, is left out. Files mapped by several
 processes count once for each. Appends one JSON line per cell to `--results`; a cell that is there already (same
 settings and code) is not run again.
@@ -29,7 +29,7 @@ from typing import Any
 
 from measuring import RESULTS, ROOT, TARSIFT, Cells, code_digest, family, soft_pictures, write_shards
 
-CELLS = ((20_000, 10_000), (200_000, 10_000), (200_000, 100_000))
+CELLS = ((20_000, 1_000), (200_000, 1_000), (200_000, 100_000))
 MB = 1 << 20
 
 

@@ -47,6 +47,7 @@ RECEIPT_SCHEMA = pa.schema(
 ROW_GROUP_ROWS = 4096
 PARTS = ".parts"  # folder below that of a pass; what lies in it of a shard is cleared when that is committed
 CPUS_PER_MERGE = 4  # merges wait for storage too; each at once is one more worker process
+CPUS_PER_SINK = 2
 SINK_CPUS = 0.2  # a sink waits for storage more than it computes
 
 
@@ -286,6 +287,11 @@ def run_pass(
     return PassResult(ledger.name, done, entries, time.monotonic() - start)
 
 
+def _per_cpus(cpus: int) -> int:
+    """Return how many are to run at once where one is meant for so many CPUs of the cluster."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1)) // cpus)
+
+
 def _run_wave(
     wave: list[Shard],
     rows: ray.data.Dataset,
@@ -298,7 +304,7 @@ def _run_wave(
     waiting = {name: Coverage() for name in sources}
     merging: dict[ray.ObjectRef, str] = {}
     merge = ray.remote(num_cpus=0, **TASK_OPTIONS)(_merge_and_tidy)
-    merges_at_once = max(1, int(ray.cluster_resources().get("CPU", 1)) // CPUS_PER_MERGE)
+    merges_at_once = _per_cpus(CPUS_PER_MERGE)
 
     def collect(limit: int) -> None:
         while len(merging) > limit:
@@ -306,7 +312,9 @@ def _run_wave(
             committed(merging.pop(merged), ray.get(merged))
 
     context = rows.context
-    receipts = map_tables(rows, write_parts, {"folder": folder}, num_cpus=sink_cpus)
+    # Of sinks that are tasks of their own, no more than keep up: each at once is one more worker process.
+    at_once = {"compute": ray.data.TaskPoolStrategy(_per_cpus(CPUS_PER_SINK))} if sink_cpus == SINK_CPUS else {}
+    receipts = map_tables(rows, write_parts, {"folder": folder}, num_cpus=sink_cpus, **at_once)
     try:
         for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow"):
             stop_if_asked()

@@ -26,7 +26,7 @@ ACTOR_OPTIONS: dict[str, Any] = {"max_restarts": -1, "max_task_retries": TASK_RE
 STALL_TIMEOUT_S = 270.0
 
 # Of pixels, as they go to the encoder. A worker holds a few blocks: half a gigabyte where they have Ray's own 128 MiB.
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 8 << 20
 
 # Texts by which object stores and networks say "try again"; Ray's own list knows only pyarrow's.
 TRANSIENT_ERRORS = (
