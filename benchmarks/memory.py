@@ -1,11 +1,11 @@
 """Does memory grow with the dump? Resident memory of `tarsift clean`, summed over all its processes.
 
 Dumps of 128-pixel JPEGs go through the whole main job with 512-d embeddings of both towers and two encoder actors (by
-default a dump of few shards gets one). Smaller pictures, or two shards, are all read before the actors are up, so that a
-small dump would never have all processes busy at once. Ten times a second the anonymous and file-backed resident memory of the command
-and of everything below it is summed; shared memory, where Ray keeps objects, is left out. Files mapped by several
-processes count once for each. Appends one JSON line per cell to `--results`; a cell that is there already (same
-settings and code) is not run again.
+default a dump of few shards gets one). Smaller pictures, or two shards, are all read before the actors are up, so that
+a small dump would never have all processes busy at once. Ten times a second the anonymous and file-backed resident
+memory of the command and of everything below it is summed; shared memory, where Ray keeps objects, is left out. Files
+mapped by several processes count once for each. Appends one JSON line per cell to `--results`; a cell that is there
+already (same settings and code) is not run again.
 
     python benchmarks/memory.py --results benchmarks/results/memory.jsonl
 
