@@ -14,6 +14,7 @@ line per cell to `--results`; a cell that is there already (same code) is not ru
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import re
 import signal
@@ -175,7 +176,8 @@ def make_inputs(work: Path) -> tuple[str, dict[str, bytes]]:
     """Write the dump and an encoder, and return the encoder and what an undisturbed run makes of the dump."""
     make_dump(work / "dump", shards=SHARDS, samples=SAMPLES)
     encoder = make_encoder(work / "enc.pt", work / "dump")
-    subprocess.run(clean(work / "dump", work / "whole", encoder), check=True)
+    undisturbed = {**os.environ, "RAY_ADDRESS": "local"}
+    subprocess.run(clean(work / "dump", work / "whole", encoder), env=undisturbed, check=True)
     return encoder, contents(work / "whole")
 
 

@@ -197,7 +197,8 @@ def second_run(case: Case) -> str:
 @contextmanager
 def surroundings(kind: str, folder: Path) -> Iterator[tuple[dict[str, str], Path, Any]]:
     """Make what a kind of fault needs: environment of the run, its result folder, and a store or a cluster."""
-    environment: dict[str, str] = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # A Ray of its own: it would join the cluster of a node's loss that is measured beside it.
+    environment: dict[str, str] = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": "local"}
     if kind == "store":
         with s3_server() as store:
             files = files_of(store)
