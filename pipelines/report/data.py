@@ -49,7 +49,7 @@ class ReportConfig(BaseModel):
     strip: int = Field(default=12, ge=0, le=100, description="thumbnails of a group")
     pictures: bool = Field(default=True, description="fetch pictures from the input shards; false shows none")
     max_scan_bytes: int = Field(default=2 << 30, ge=0, description="bytes of compressed shards read again for pictures")
-    threads: int = Field(default=4, ge=1, description="shards read at once")
+    threads: int = Field(default=4, ge=1, description="shards whose pictures are read at once")
 
 
 @dataclass(frozen=True)

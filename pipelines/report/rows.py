@@ -113,7 +113,7 @@ class RunReader:
     Args:
         out: result folder.
         available: what its tables have.
-        threads: shards read at once.
+        threads: shards read at once, of which no more than `FOLDING_THREADS`.
         tick: told after each shard of each fold.
     """
 
