@@ -244,7 +244,7 @@ def run_pass(
     metadata: dict[str, str] | None = None,
     wave_shards: int = 256,
     progress: Listener = silent,
-    sink_cpus: float = SINK_CPUS,
+    fused_cpus: float | None = None,
 ) -> PassResult:
     """Run a pass over the shards it has not committed yet, wave by wave, and commit each.
 
@@ -257,7 +257,8 @@ def run_pass(
         metadata: file metadata of the merged Parquet files.
         wave_shards: shards handed to Ray at once.
         progress: told after every commit.
-        sink_cpus: CPUs of a sink task; the same as those of the stage before it makes Ray run both in one task.
+        fused_cpus: CPUs of the tasks of the stream's last stage, if the sink is to run inside them; else it runs in
+            tasks of its own.
 
     Raises:
         TarsiftError: if the stream ends and a shard's rows are not all there.
@@ -280,7 +281,7 @@ def run_pass(
     progress(Event(ledger.name, len(entries), len(shards)))
     for at in range(0, len(todo), wave_shards):
         wave = todo[at : at + wave_shards]
-        _run_wave(wave, stream(wave), out_folder, metadata or {}, committed, sink_cpus)
+        _run_wave(wave, stream(wave), out_folder, metadata or {}, committed, fused_cpus)
     progress(
         Event(ledger.name, len(entries), len(shards), samples, finished=True, note="" if done else "nothing to do")
     )
@@ -298,7 +299,7 @@ def _run_wave(
     folder: str,
     metadata: dict[str, str],
     committed: Callable[[str, dict[str, Any]], None],
-    sink_cpus: float,
+    fused_cpus: float | None,
 ) -> None:
     sources = {shard.name: shard for shard in wave}
     waiting = {name: Coverage() for name in sources}
@@ -312,9 +313,11 @@ def _run_wave(
             committed(merging.pop(merged), ray.get(merged))
 
     context = rows.context
-    # Of sinks that are tasks of their own, no more than keep up: each at once is one more worker process.
-    at_once = {"compute": ray.data.TaskPoolStrategy(_per_cpus(CPUS_PER_SINK))} if sink_cpus == SINK_CPUS else {}
-    receipts = map_tables(rows, write_parts, {"folder": folder}, num_cpus=sink_cpus, **at_once)
+    if fused_cpus is None:  # no more at once than keep up: each is one more worker process
+        sink = {"num_cpus": SINK_CPUS, "compute": ray.data.TaskPoolStrategy(_per_cpus(CPUS_PER_SINK))}
+    else:  # Ray fuses neighbours that ask for the same
+        sink = {"num_cpus": fused_cpus}
+    receipts = map_tables(rows, write_parts, {"folder": folder}, **sink)
     try:
         for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow"):
             stop_if_asked()

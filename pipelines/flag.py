@@ -159,7 +159,7 @@ def flag_pass(
         metadata=metadata,
         wave_shards=wave_shards,
         progress=progress,
-        sink_cpus=1,
+        fused_cpus=1,
     )
     return result, ledger
 

@@ -31,7 +31,7 @@ from tarsift.operators.scorer import CountCopies, Judge, ScoreDensity, ScoreMism
 from tarsift.operators.shards import Shard
 from tarsift.operators.sides import Sides
 from tarsift.operators.stored import ReadStored, Stored
-from tarsift.pipelines.commit import SINK_CPUS, PassResult, run_pass
+from tarsift.pipelines.commit import PassResult, run_pass
 from tarsift.pipelines.config import CleanConfig
 from tarsift.pipelines.fitting import ScoreFolders, fit_enriched, fit_reference, load_arrays, rule_file
 from tarsift.pipelines.ledger import Ledger, fingerprint
@@ -148,6 +148,7 @@ def scoring_pass(
     """
     resources = config.resources
     gpus = int(ray.cluster_resources().get("GPU", 0)) if resources.backend in ("auto", "faiss-gpu") else 0
+    cpus = resources.cpus_per_worker or 1
     arguments = (folders, key, Search(resources.backend, resources.threads, resources.batch_size, ledger.fingerprint))
 
     def stream(wave: list[Shard]) -> ray.data.Dataset:
@@ -163,14 +164,12 @@ def scoring_pass(
                 compute=pool,
                 **ACTOR_OPTIONS,
             )
-        return map_tables(
-            items, _score_in_task, {"scorer": scorer, "arguments": arguments}, num_cpus=resources.cpus_per_worker or 1
-        )
+        return map_tables(items, _score_in_task, {"scorer": scorer, "arguments": arguments}, num_cpus=cpus)
 
     metadata = {"encoder_role": folders.first, "judged_by": " and ".join(folders.sides.judges)}
     return run_pass(
         ledger, shards, stream, folder=folder, metadata=metadata, wave_shards=resources.wave_shards, progress=progress,
-        sink_cpus=SINK_CPUS if gpus else resources.cpus_per_worker or 1,
+        fused_cpus=None if gpus else cpus,
     )  # fmt: skip
 
 

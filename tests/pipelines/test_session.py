@@ -13,11 +13,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import ray
 from ray._private import services
 
-from tarsift.pipelines.session import _local_options, known_address, session
+from tarsift.pipelines.session import ACTOR_OPTIONS, _local_options, known_address, session
 
 
 class Started(Exception):
@@ -175,3 +176,28 @@ def test_no_dashboard_listens(ray_session):
                     listening[part] += [str(c.laddr) for c in opened if c.status == psutil.CONN_LISTEN]
     assert listening["gcs_server"]  # its children are found, and what they listen on
     assert not listening["dashboard/dashboard.py"]  # a process of that name collects what Ray logs
+
+
+class DiesWhileLoading:
+    """An actor of which the first two end before they are ready, as where the machine's memory is out."""
+
+    def __init__(self, folder: str) -> None:
+        for death in range(2):
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(f"{folder}/{death}", os.O_CREAT | os.O_EXCL))
+                os._exit(1)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return table
+
+
+def test_an_actor_that_dies_while_it_loads_is_started_again(ray_session, tmp_path):
+    with session():
+        rows = ray_session.data.from_arrow(pa.table({"x": [1, 2, 3]})).map_batches(
+            DiesWhileLoading,
+            fn_constructor_args=(str(tmp_path),),
+            compute=ray_session.data.ActorPoolStrategy(size=1),
+            **ACTOR_OPTIONS,
+        )
+        assert rows.count() == 3
+    assert len(list(tmp_path.iterdir())) == 2
