@@ -1,1 +1,1 @@
-"""Sifters: functions from (images, labels) to a verdict per sample. None is built yet."""
+"""Sifters: functions from (images, labels) to a verdict per sample. No command uses them yet."""

@@ -1,0 +1,65 @@
+"""How sifters train a classifier on some rows of their inputs, and what it then says of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float32, Int64
+from pydantic import BaseModel, Field
+from torch import nn
+from torch.nn import functional
+
+from tarsift.sifters.inputs import Inputs
+
+ROWS = 1024  # judged at a time
+
+
+class FitConfig(BaseModel, frozen=True, extra="forbid"):
+    """Stochastic gradient descent, as ISPL uses it with PreActResNet-18 on CIFAR-10."""
+
+    batch_size: int = Field(default=128, ge=2, description="samples of a step; half of a set that is small")
+    rate: float = Field(default=0.02, gt=0, description="learning rate, constant")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of the steps, Nesterov's off")
+    weight_decay: float = Field(default=5e-4, ge=0, description="of all parameters")
+
+
+class Learner:
+    """A network and its optimiser: trained on some rows, it judges all."""
+
+    def __init__(self, net: nn.Module, inputs: Inputs, targets: Int64[torch.Tensor, " n"], config: FitConfig) -> None:
+        self.net = net.to(inputs.device)
+        self.inputs, self.targets, self.config = inputs, targets, config
+        self.optimizer = torch.optim.SGD(
+            net.parameters(), lr=config.rate, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+
+    def fit(self, rows: Int64[torch.Tensor, " s"], *, epochs: int, draw: torch.Generator) -> None:
+        """Train on rows, in an order drawn anew for every epoch, with augmentation."""
+        self.net.train()
+        for _ in range(epochs):
+            for batch in batches_of(rows, self.config.batch_size, draw):
+                loss = functional.cross_entropy(self.net(self.inputs.augmented(batch, draw)), self.targets[batch])
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+
+    @torch.no_grad()
+    def judge(self, rows: Int64[torch.Tensor, " s"]) -> Float32[torch.Tensor, "s c"]:
+        """Return the logits of rows as they are."""
+        self.net.eval()
+        parts = [self.net(self.inputs.plain(part)) for part in rows.split(ROWS)]
+        return torch.cat(parts) if parts else torch.empty(0, 0, device=rows.device)
+
+
+def batches_of(
+    rows: Int64[torch.Tensor, " s"], batch_size: int, draw: torch.Generator
+) -> Iterator[Int64[torch.Tensor, " b"]]:
+    """Yield all rows in random order, in batches as even as can be of at most `batch_size`, at least two of them.
+
+    A set is never left out because it is smaller than a batch, and no batch has a single row, which normalisation by
+    batch cannot take; of three rows or fewer there is one batch.
+    """
+    shuffled = rows[torch.randperm(len(rows), generator=draw, device=rows.device)]
+    count = max(-(-len(rows) // batch_size), min(2, len(rows) // 2), 1)
+    yield from (part for part in shuffled.tensor_split(count) if len(part))
