@@ -4,7 +4,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from tarsift.sifters.baselines import BASELINES, BaselineConfig, clip_entropy, sift_by
-from tests.sifters.problems import pictures, planted
+from tests.sifters.sets import pictures, planted
 
 QUICK = BaselineConfig(epochs=8, models=2, trims=2, inversion_steps=20)
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from tarsift.sifters.inputs import as_inputs, blur, warp
-from tests.sifters.problems import pictures
+from tests.sifters.sets import pictures
 
 
 def drawn(seed: int = 0) -> torch.Generator:

@@ -7,7 +7,7 @@ from tarsift.sifters import ispl as module
 from tarsift.sifters.inputs import as_inputs
 from tarsift.sifters.ispl import IsplConfig, beta, ispl, iterations_of, modal_vote
 from tarsift.sifters.training import batches_of
-from tests.sifters.problems import planted
+from tests.sifters.sets import planted
 
 QUICK = IsplConfig(repeats=1, rounds=4, share=0.24, voter_epochs=20, self_rounds=6)
 

@@ -9,7 +9,7 @@ from tarsift.sifters.inputs import as_inputs
 from tarsift.sifters.meta_sift import MetaSiftConfig, Stacked, Weigher, meta_sift, normalised
 from tarsift.sifters.networks import build_network
 from tarsift.sifters.result import clean_base_set
-from tests.sifters.problems import pictures, planted
+from tests.sifters.sets import pictures, planted
 
 
 @pytest.fixture(autouse=True)
