@@ -35,6 +35,8 @@ ONE_ATTEMPT["s3a"] = ONE_ATTEMPT["s3"]
 
 BLOCK_BYTES = 8 << 20
 
+_UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.tmp")  # names of files that are not whole yet
+
 # What a URL may hold that is nobody else's business: user and password, and the query of a signed address.
 _SECRETS = re.compile(r"://[^\s/@'\"]+@|\?[^\s'\"?]*=[^\s'\"]*")
 
@@ -209,12 +211,27 @@ def _beside(path: str) -> Iterator[str]:
     """Give another name in the folder of a local file, for what is not whole yet; nothing of that name stays."""
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
-    beside = os.path.join(folder, f".{secrets.token_hex(8)}.tmp")
+    beside = os.path.join(folder, f".{secrets.token_hex(8)}.tmp")  # as `_UNFINISHED` has it
     try:
         yield beside
     finally:
         with suppress(OSError):
             os.remove(beside)
+
+
+def remove_unfinished(folder: str, *, leave: str = "") -> None:
+    """Remove what writers that died have left below a folder, but for the folder `leave` in it.
+
+    A writer that is at work there after all fails when its file is whole. Stores are left none by writers that die.
+    """
+    fs, path = filesystem(folder)
+    if not isinstance(fs, LocalFileSystem):
+        return
+    for below, folders, files in os.walk(path):
+        folders[:] = [name for name in folders if (below, name) != (path, leave)]
+        for name in filter(_UNFINISHED.fullmatch, files):
+            with suppress(OSError):
+                os.remove(os.path.join(below, name))
 
 
 def exists(url: str) -> bool:

@@ -282,6 +282,8 @@ def run_pass(
     for at in range(0, len(todo), wave_shards):
         wave = todo[at : at + wave_shards]
         _run_wave(wave, stream(wave), out_folder, metadata or {}, committed, fused_cpus)
+    if done:
+        storage.remove_tree(storage.join(out_folder, PARTS))  # of attempts that came too late, there may be some left
     progress(
         Event(ledger.name, len(entries), len(shards), samples, finished=True, note="" if done else "nothing to do")
     )

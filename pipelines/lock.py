@@ -61,6 +61,8 @@ _held: dict[str, _Lock] = {}
 def hold(out: str) -> Iterator[Holder]:
     """Hold a result folder; within one process it may be held again by whoever holds it.
 
+    What writers that died have left there unfinished is removed when it is taken and when it is let go.
+
     Raises:
         BusyError: if another run works on it. Told at once if that runs on this machine, else after
             watching for its beat for up to DEAD_AFTER_S.
@@ -72,7 +74,9 @@ def hold(out: str) -> Iterator[Holder]:
     _held[out] = lock
     try:
         with lock:
+            storage.remove_unfinished(out, leave=FOLDER)  # of runs before; beats are written meanwhile
             yield lock.holder
+            storage.remove_unfinished(out, leave=FOLDER)  # of workers of this one that died
     finally:
         del _held[out]
 

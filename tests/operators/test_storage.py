@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
 import sys
 import uuid
 from pathlib import Path
@@ -232,3 +233,19 @@ def test_a_store_that_does_not_answer_is_no_missing_file(monkeypatch):
         monkeypatch.setattr(retry, "_patience_s", 0.05)
         with pytest.raises(StoreError, match="nobody there"):
             storage.exists("memory://x")
+
+
+def test_what_writers_that_died_have_left_is_removed(tmp_path: Path):
+    code = (
+        "import os; from tarsift.operators import storage\n"
+        f"with storage.open_write({str(tmp_path / 'a' / 'b' / 'x.tar')!r}) as file: file.write(b'x'); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    [left] = (tmp_path / "a" / "b").iterdir()
+    kept = [tmp_path / "a" / "whole.tar", tmp_path / "a" / ".mine.tmp", tmp_path / "lock" / left.name]
+    for path in kept:
+        storage.put_bytes(str(path), b"whole")
+    storage.remove_unfinished(str(tmp_path), leave="lock")
+    assert not left.exists()
+    assert all(path.exists() for path in kept)
+    storage.remove_unfinished("memory://nothing")

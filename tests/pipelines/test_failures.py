@@ -69,6 +69,7 @@ def test_a_shard_that_cannot_be_reached_ends_the_run_and_is_read_by_the_next(ray
     assert "00001" not in ledger.entries()
     elsewhere.replace(away)
     assert {name: entry["rows"] for name, entry in run().entries.items()} == {"00000": 5, "00001": 5, "00002": 5}
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == [f"0000{i}.parquet" for i in range(3)]
 
 
 def never_ready(table: pa.Table) -> pa.Table:

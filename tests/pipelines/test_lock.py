@@ -52,6 +52,15 @@ def test_held_beating_and_released(out):
         assert following.number == 2
 
 
+def test_what_dead_writers_left_goes_when_it_is_taken_and_when_it_is_let_go(tmp_path):
+    left = [tmp_path / "clean" / f".{digit * 16}.tmp" for digit in "ab"]
+    storage.put_bytes(str(left[0]), b"of a run before")
+    with lock.hold(str(tmp_path)):
+        assert not left[0].exists()
+        storage.put_bytes(str(left[1]), b"of a worker of this one")
+    assert not left[1].exists()
+
+
 def test_another_process_of_this_machine_is_told_at_once(tmp_path):
     out = str(tmp_path)
     code = "import sys; from tarsift.pipelines.lock import hold\nwith hold(sys.argv[1]): print(1, flush=True); input()"
