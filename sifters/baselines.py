@@ -63,7 +63,7 @@ class _Problem:
         return learner
 
     def losses(self, learner: Learner) -> Float32[np.ndarray, " n"]:
-        return functional.cross_entropy(learner.judge(self.rows), self.targets, reduction="none").cpu().numpy()
+        return learner.losses(self.rows).cpu().numpy()
 
     def by_class(self, values: Callable[[Int64[np.ndarray, " m"]], np.ndarray]) -> Float32[np.ndarray, " n"]:
         """Put together what a function of the rows of each class returns."""

@@ -163,7 +163,7 @@ class _Work:
             else:
                 rows, epochs = self.sample(kept, self.config.expansion), self.config.epochs
             learner.fit(rows, epochs=epochs, draw=self.draw)
-            losses = functional.cross_entropy(learner.judge(active), self.targets[active], reduction="none")
+            losses = learner.losses(active)
             losses = torch.nan_to_num(losses, nan=float(losses.nanmean()), posinf=1e4)
             smoothed = self.config.momentum * smoothed + (1 - self.config.momentum) * losses
             kept = active[self.trim(smoothed, self.targets[active], beta(iteration, iterations, share))]

@@ -51,6 +51,10 @@ class Learner:
         parts = [self.net(self.inputs.plain(part)) for part in rows.split(ROWS)]
         return torch.cat(parts) if parts else torch.empty(0, 0, device=rows.device)
 
+    def losses(self, rows: Int64[torch.Tensor, " s"]) -> Float32[torch.Tensor, " s"]:
+        """Return the loss of each of the rows as they are."""
+        return functional.cross_entropy(self.judge(rows), self.targets[rows], reduction="none")
+
 
 def batches_of(
     rows: Int64[torch.Tensor, " s"], batch_size: int, draw: torch.Generator

@@ -1,20 +1,11 @@
 import numpy as np
 import pytest
-import torch
 from sklearn.metrics import roc_auc_score
 
 from tarsift.sifters.baselines import BASELINES, BaselineConfig, clip_entropy, sift_by
 from tests.sifters.sets import pictures, planted
 
 QUICK = BaselineConfig(epochs=8, models=2, trims=2, inversion_steps=20)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", BASELINES)

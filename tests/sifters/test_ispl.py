@@ -12,14 +12,6 @@ from tests.sifters.sets import planted
 QUICK = IsplConfig(repeats=1, rounds=4, share=0.24, voter_epochs=20, self_rounds=6)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_poison_is_dropped_and_most_clean_samples_are_kept():
     images, labels, poison = planted()
     result = ispl(images, labels, config=QUICK, seed=1)

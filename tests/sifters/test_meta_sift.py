@@ -12,14 +12,6 @@ from tarsift.sifters.result import clean_base_set
 from tests.sifters.sets import pictures, planted
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_stacked_networks_do_what_each_does_alone():
     nets = [build_network("small-cnn", (3, 16, 16), 4, seed=seed) for seed in (1, 2)]
     batch = torch.randn(2, 6, 3, 16, 16)
