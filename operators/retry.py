@@ -1,8 +1,9 @@
 """The one policy by which requests to a store are tried again, and how often that was needed.
 
-Waits grow from a fifth of a second to ten, each drawn at random so that many workers do not come back
-at once. What will not get better by waiting (a file that is not there, no permission, no credentials)
-is raised at once. The drivers' own repetitions are switched off where they can be (`storage.filesystem`).
+Waits grow from a fifth of a second to ten, but not beyond a tenth of the patience, so that a store which
+fails often is asked often enough; each is drawn at random so that many workers do not come back at once.
+What will not get better by waiting (a file that is not there, no permission, no credentials) is raised at
+once. The drivers' own repetitions are switched off where they can be (`storage.filesystem`).
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def retried(request: Callable[[], Answer], doing: str) -> Answer:
     """
     global _repeated
     deadline = time.monotonic() + _patience_s
-    longest = FIRST_WAIT_S
+    longest = min(FIRST_WAIT_S, _patience_s / 10)
     while True:
         try:
             return request()
@@ -73,7 +74,7 @@ def retried(request: Callable[[], Answer], doing: str) -> Answer:
         with _guard:
             _repeated += 1
         time.sleep(wait)
-        longest = min(2 * longest, LONGEST_WAIT_S)
+        longest = min(2 * longest, LONGEST_WAIT_S, _patience_s / 10)
 
 
 def lasting(error: BaseException) -> bool:

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tarsift.operators.retry import take_repeated
+
 COLOURS = ("red", "green", "blue", "yellow", "grey")
+
+
+@pytest.fixture(autouse=True)
+def nothing_repeated_yet():
+    """What one test's requests had to repeat is not told by the next."""
+    take_repeated()
 
 
 @pytest.fixture(scope="session")

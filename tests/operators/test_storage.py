@@ -139,7 +139,6 @@ class FlakyFileSystem(MemoryFileSystem):
 def test_a_remote_read_goes_on_where_it_broke_off(monkeypatch):
     fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
-    retry.take_repeated()
     data = os.urandom(5_000_000)
     storage.put_bytes("flaky://x", data)
     assert storage.read_bytes("flaky://x") == data
@@ -174,7 +173,6 @@ def test_passwords_and_signatures_are_not_told():
 )
 def test_what_waiting_does_not_mend_is_raised_at_once(monkeypatch, error: Exception, lasts: bool):
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
-    retry.take_repeated()
     asked = []
 
     def request() -> str:

@@ -31,12 +31,17 @@ REFUSALS = {
     "InvalidToken": 400,
     "AuthorizationHeaderMalformed": 400,
 }
+LONGEST_STREAK = 3
 HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive", "content-length"}
 
 
 @dataclass
 class Store:
-    """Where the server listens, how often the proxy fails, and how often it did, by kind."""
+    """Where the server listens, how often the proxy fails, and how often it did, by kind.
+
+    It does not fail by chance more than `LONGEST_STREAK` times in a row for one object: a command's patience is
+    tried by `away_until`.
+    """
 
     endpoint: str = ""
     direct: str = ""  # the server itself, which does not fail
@@ -48,6 +53,7 @@ class Store:
     refuse_from: int = 0  # but only those of objects from this byte on
     break_off: int = 0  # so many of the next answers that begin in the middle of an object break off
     resets: list[str] = field(default_factory=list)  # ranges whose answer broke off in the middle
+    streaks: Counter[str] = field(default_factory=Counter)  # how often in a row it has failed now, by path
 
     @property
     def environment(self) -> dict[str, str]:
@@ -111,6 +117,9 @@ def s3_proxy(port: int = 0, *, seed: int = 0) -> Iterator[Store]:
             with guard:
                 store.requests += 1
                 fails, resets = rng.random() < store.rate, rng.random() < 0.5
+                path = self.path.partition("?")[0]
+                fails = fails and store.streaks[path] < LONGEST_STREAK
+                store.streaks[path] = store.streaks[path] + 1 if fails else 0
                 if store.break_off and _first_byte(self.headers) > 0:
                     store.break_off -= 1
                     fails = resets = True
