@@ -16,10 +16,8 @@ from sklearn.cluster import KMeans
 from torch import nn
 from torch.nn import functional
 
-from tarsift.sifters.inputs import Inputs, as_inputs
-from tarsift.sifters.networks import build_network
-from tarsift.sifters.result import SiftResult, check_labels
-from tarsift.sifters.training import ROWS, FitConfig, Learner
+from tarsift.sifters.result import SiftResult
+from tarsift.sifters.training import ROWS, FitConfig, LabelledSet, Learner
 
 
 class BaselineConfig(BaseModel, frozen=True, extra="forbid"):
@@ -39,41 +37,6 @@ class BaselineConfig(BaseModel, frozen=True, extra="forbid"):
     damping: float = Field(default=0.1, gt=0, description="self_influence: of the mean curvature, added to all")
 
 
-class _Problem:
-    """A labelled set on a device, and models trained on it."""
-
-    def __init__(
-        self, images: np.ndarray, labels: np.ndarray, config: BaselineConfig, seed: int, device: str | torch.device
-    ) -> None:
-        self.inputs: Inputs = as_inputs(images, device)
-        self.labels, self.classes = check_labels(labels, len(self.inputs))
-        self.targets = torch.from_numpy(self.labels).to(self.inputs.device)
-        self.config, self.seed = config, seed
-        self.draw = torch.Generator(self.inputs.device).manual_seed(seed)
-        self.rows = torch.arange(len(self.inputs), device=self.inputs.device)
-
-    def fresh(self, number: int = 0) -> Learner:
-        seed = int(np.random.SeedSequence([self.seed, number, 2302]).generate_state(1)[0])
-        net = build_network(self.config.network, self.inputs.shape, self.classes, seed=seed)
-        return Learner(net, self.inputs, self.targets, self.config.fit)
-
-    def trained(self) -> Learner:
-        learner = self.fresh()
-        learner.fit(self.rows, epochs=self.config.epochs, draw=self.draw)
-        return learner
-
-    def losses(self, learner: Learner) -> Float32[np.ndarray, " n"]:
-        return learner.losses(self.rows).cpu().numpy()
-
-    def by_class(self, values: Callable[[Int64[np.ndarray, " m"]], np.ndarray]) -> Float32[np.ndarray, " n"]:
-        """Put together what a function of the rows of each class returns."""
-        out = np.empty(len(self.labels), np.float32)
-        for label in range(self.classes):
-            mine = np.flatnonzero(self.labels == label)
-            out[mine] = values(mine)
-        return out
-
-
 @torch.no_grad()
 def features_of(learner: Learner, rows: Int64[torch.Tensor, " s"]) -> Float32[torch.Tensor, "s d"]:
     """Return what the last layer of a trained model gets."""
@@ -87,135 +50,135 @@ def features_of(learner: Learner, rows: Int64[torch.Tensor, " s"]) -> Float32[to
     return torch.cat(seen)
 
 
-def class_mean_distance(problem: _Problem) -> Float32[np.ndarray, " n"]:
+def class_mean_distance(given: LabelledSet, config: BaselineConfig) -> Float32[np.ndarray, " n"]:
     """DCM: return the distance to the mean of the class, of standardised pixels or features."""
-    flat = [problem.inputs.plain(part).flatten(1) for part in problem.rows.split(ROWS)]
+    flat = [given.inputs.plain(part).flatten(1) for part in given.rows.split(ROWS)]
     length = flat[0].shape[1]
-    sums = torch.zeros(problem.classes, length, device=flat[0].device)
-    for part, rows in zip(flat, problem.rows.split(ROWS), strict=True):
-        sums.index_add_(0, problem.targets[rows], part)
-    means = sums / torch.bincount(problem.targets, minlength=problem.classes)[:, None]
-    return _to_centers(problem, means)
+    sums = torch.zeros(given.classes, length, device=flat[0].device)
+    for part, rows in zip(flat, given.rows.split(ROWS), strict=True):
+        sums.index_add_(0, given.targets[rows], part)
+    means = sums / torch.bincount(given.targets, minlength=given.classes)[:, None]
+    return _to_centers(given, means)
 
 
-def inverted_mean_distance(problem: _Problem) -> Float32[np.ndarray, " n"]:
+def inverted_mean_distance(given: LabelledSet, config: BaselineConfig) -> Float32[np.ndarray, " n"]:
     """MI-DCM: return the distance to the input that a trained model takes for the class most of all."""
-    net = problem.trained().net.eval().requires_grad_(False)
-    found = torch.zeros(problem.classes, *problem.inputs.shape, device=problem.inputs.device, requires_grad=True)
-    classes = torch.arange(problem.classes, device=found.device)
+    net = _trained(given, config).net.eval().requires_grad_(False)
+    found = torch.zeros(given.classes, *given.inputs.shape, device=given.inputs.device, requires_grad=True)
+    classes = torch.arange(given.classes, device=found.device)
     adam = torch.optim.Adam([found], lr=0.05)
-    for _ in range(problem.config.inversion_steps):
+    for _ in range(config.inversion_steps):
         loss = functional.cross_entropy(net(found), classes, reduction="sum") + 1e-3 * found.square().sum()
         adam.zero_grad()
         loss.backward()
         adam.step()
-    return _to_centers(problem, found.detach().flatten(1))
+    return _to_centers(given, found.detach().flatten(1))
 
 
-def least_spectral(problem: _Problem) -> Float32[np.ndarray, " n"]:
+def least_spectral(given: LabelledSet, config: BaselineConfig) -> Float32[np.ndarray, " n"]:
     """SF-Least: return how far the features lie along the first principal component of all of them."""
-    features = features_of(problem.trained(), problem.rows).double().cpu().numpy()
+    features = features_of(_trained(given, config), given.rows).double().cpu().numpy()
     return _along_first(features).astype(np.float32)
 
 
-def loss_scan(problem: _Problem) -> Float32[np.ndarray, " n"]:
+def loss_scan(given: LabelledSet, config: BaselineConfig) -> Float32[np.ndarray, " n"]:
     """Loss-Scan: return minus the mean loss over the first epochs, since what is planted is learned first."""
-    learner = problem.fresh()
-    total = np.zeros(len(problem.labels), np.float32)
-    for _ in range(problem.config.early_epochs):
-        learner.fit(problem.rows, epochs=1, draw=problem.draw)
-        total += problem.losses(learner)
-    return -total / problem.config.early_epochs
+    learner = given.fresh()
+    total = np.zeros(len(given.labels), np.float32)
+    for _ in range(config.early_epochs):
+        learner.fit(given.rows, epochs=1, draw=given.draw)
+        total += learner.losses(given.rows).cpu().numpy()
+    return -total / config.early_epochs
 
 
-def self_influence(problem: _Problem) -> Float32[np.ndarray, " n"]:
+def self_influence(given: LabelledSet, config: BaselineConfig) -> Float32[np.ndarray, " n"]:
     """Self-IF: return the influence of each sample on its own loss, g H^-1 g over the last layer of a trained model.
 
     H is the Kronecker product of the second moments of features and of the slopes at the logits, damped.
     """
-    learner = problem.trained()
-    logits = learner.judge(problem.rows).double()
-    features = features_of(learner, problem.rows).double()
+    learner = _trained(given, config)
+    logits = learner.judge(given.rows).double()
+    features = features_of(learner, given.rows).double()
     features = torch.cat([features, torch.ones_like(features[:, :1])], dim=1)
     guess = logits.softmax(dim=1)
-    slopes = guess - functional.one_hot(problem.targets, problem.classes)
+    slopes = guess - functional.one_hot(given.targets, given.classes)
     curvature = torch.diag(guess.mean(dim=0)) - guess.T @ guess / len(guess)
     (a, first), (b, second) = (
         torch.linalg.eigh(matrix) for matrix in (features.T @ features / len(features), curvature)
     )
     eigenvalues = b.clamp_min(0)[:, None] * a.clamp_min(0)[None]
-    eigenvalues = eigenvalues + problem.config.damping * eigenvalues.mean()
+    eigenvalues = eigenvalues + config.damping * eigenvalues.mean()
     return (
         ((slopes @ second).square() @ (1 / eigenvalues) * (features @ first).square()).sum(dim=1).float().cpu().numpy()
     )
 
 
-def activation_clustering(problem: _Problem) -> Float32[np.ndarray, " n"]:
+def activation_clustering(given: LabelledSet, config: BaselineConfig) -> Float32[np.ndarray, " n"]:
     """Return how small the sample's part of its class is, where features fall into two and one is a small minority.
 
     Chen et al. 2018 (arXiv 1811.03728), with the relative-size test: 0 where the smaller part is no small minority.
     """
-    features = features_of(problem.trained(), problem.rows).double().cpu().numpy()
+    features = features_of(_trained(given, config), given.rows).double().cpu().numpy()
 
     def parts(mine: np.ndarray) -> np.ndarray:
         if len(mine) < 4:
             return np.zeros(len(mine))
         centered = features[mine] - features[mine].mean(axis=0)
-        axes = np.linalg.svd(centered, full_matrices=False)[2][: problem.config.clusters_of]
-        which = KMeans(2, n_init="auto", random_state=problem.seed).fit_predict(centered @ axes.T)
+        axes = np.linalg.svd(centered, full_matrices=False)[2][: config.clusters_of]
+        which = KMeans(2, n_init="auto", random_state=given.seed).fit_predict(centered @ axes.T)
         share = np.bincount(which, minlength=2) / len(mine)
-        return np.where(share[which] < problem.config.small, 1 - share[which], 0.0)
+        return np.where(share[which] < config.small, 1 - share[which], 0.0)
 
-    return problem.by_class(parts)
+    return _by_class(given, parts)
 
 
-def spectral_signatures(problem: _Problem) -> Float32[np.ndarray, " n"]:
+def spectral_signatures(given: LabelledSet, config: BaselineConfig) -> Float32[np.ndarray, " n"]:
     """Return the squared share along the class's own first principal component, in units of the class's mean.
 
     Tran et al. 2018 (arXiv 1811.00636), by class as there.
     """
-    features = features_of(problem.trained(), problem.rows).double().cpu().numpy()
+    features = features_of(_trained(given, config), given.rows).double().cpu().numpy()
 
     def along(mine: np.ndarray) -> np.ndarray:
         squares = _along_first(features[mine]) ** 2
         return squares / max(squares.mean(), 1e-12)
 
-    return problem.by_class(along)
+    return _by_class(given, along)
 
 
-def itlm(problem: _Problem) -> Float32[np.ndarray, " n"]:
+def itlm(given: LabelledSet, config: BaselineConfig) -> Float32[np.ndarray, " n"]:
     """Return the last loss after training again and again, from the start, on the samples of lowest loss.
 
     Shen and Sanghavi 2019 (arXiv 1810.11874).
     """
-    rows, losses = problem.rows, None
-    for number in range(problem.config.trims):
-        learner = problem.fresh(number)
-        learner.fit(rows, epochs=problem.config.epochs, draw=problem.draw)
-        losses = problem.losses(learner)
-        kept = np.argsort(losses, kind="stable")[: max(2, round(problem.config.keep * len(losses)))]
-        rows = problem.rows[torch.from_numpy(np.sort(kept)).to(problem.rows.device)]
+    rows, losses = given.rows, None
+    for _ in range(config.trims):
+        learner = given.fresh()
+        learner.fit(rows, epochs=config.epochs, draw=given.draw)
+        losses = learner.losses(given.rows).cpu().numpy()
+        kept = np.argsort(losses, kind="stable")[: max(2, round(config.keep * len(losses)))]
+        rows = given.rows[torch.from_numpy(np.sort(kept)).to(given.rows.device)]
     assert losses is not None
     return losses
 
 
-def diluted_loss(problem: _Problem) -> Float32[np.ndarray, " n"]:
+def diluted_loss(given: LabelledSet, config: BaselineConfig) -> Float32[np.ndarray, " n"]:
     """Return the mean loss of diluted copies by models that have only begun to learn: Meta-Sift without its weights."""
-    total = np.zeros(len(problem.labels), np.float32)
-    per_epoch = -(-len(problem.labels) // problem.config.fit.batch_size)
-    epochs = max(problem.config.diluted_epochs, -(-80 // per_epoch))
-    for number in range(problem.config.models):
-        learner = problem.fresh(number)
-        learner.fit(problem.rows, epochs=epochs, draw=problem.draw)
+    total = np.zeros(len(given.labels), np.float32)
+    per_epoch = -(-len(given.labels) // config.fit.batch_size)
+    epochs = max(config.diluted_epochs, -(-80 // per_epoch))
+    for _ in range(config.models):
+        learner = given.fresh()
+        learner.fit(given.rows, epochs=epochs, draw=given.draw)
         with torch.no_grad():
-            for rows in problem.rows.split(ROWS):
-                logits = learner.net.eval()(problem.inputs.diluted(rows, problem.draw))
-                losses = functional.cross_entropy(logits, problem.targets[rows], reduction="none")
+            for rows in given.rows.split(ROWS):
+                logits = learner.net.eval()(given.inputs.diluted(rows, given.draw))
+                losses = functional.cross_entropy(logits, given.targets[rows], reduction="none")
                 total[rows.cpu().numpy()] += losses.cpu().numpy()
-    return total / problem.config.models
+    return total / config.models
 
 
-BASELINES: dict[str, Callable[[_Problem], Float32[np.ndarray, " n"]]] = {
+BASELINES: dict[str, Callable[[LabelledSet, BaselineConfig], Float32[np.ndarray, " n"]]] = {
     "dcm": class_mean_distance,
     "mi_dcm": inverted_mean_distance,
     "sf_least": least_spectral,
@@ -244,8 +207,9 @@ def sift_by(
     """
     if name not in BASELINES:
         raise ValueError(f"there is no baseline {name!r}: choose one of {', '.join(BASELINES)}.")
-    problem = _Problem(images, labels, config or BaselineConfig(), seed, device)
-    return SiftResult(BASELINES[name](problem))
+    config = config or BaselineConfig()
+    given = LabelledSet(images, labels, network=config.network, fit=config.fit, seed=seed, device=device)
+    return SiftResult(BASELINES[name](given, config))
 
 
 def clip_entropy(
@@ -273,10 +237,25 @@ def clip_entropy(
     return SiftResult((against + entropy).astype(np.float32), details=parts)
 
 
-def _to_centers(problem: _Problem, centers: Float32[torch.Tensor, "c d"]) -> Float32[np.ndarray, " n"]:
+def _trained(given: LabelledSet, config: BaselineConfig) -> Learner:
+    learner = given.fresh()
+    learner.fit(given.rows, epochs=config.epochs, draw=given.draw)
+    return learner
+
+
+def _by_class(given: LabelledSet, values: Callable[[Int64[np.ndarray, " m"]], np.ndarray]) -> Float32[np.ndarray, " n"]:
+    """Put together what a function of the rows of each class returns."""
+    out = np.empty(len(given.labels), np.float32)
+    for label in range(given.classes):
+        mine = np.flatnonzero(given.labels == label)
+        out[mine] = values(mine)
+    return out
+
+
+def _to_centers(given: LabelledSet, centers: Float32[torch.Tensor, "c d"]) -> Float32[np.ndarray, " n"]:
     parts = [
-        (problem.inputs.plain(rows).flatten(1) - centers[problem.targets[rows]]).norm(dim=1)
-        for rows in problem.rows.split(ROWS)
+        (given.inputs.plain(rows).flatten(1) - centers[given.targets[rows]]).norm(dim=1)
+        for rows in given.rows.split(ROWS)
     ]
     return torch.cat(parts).cpu().numpy()
 

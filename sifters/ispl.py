@@ -14,7 +14,6 @@ too, the released code has nothing, and it would bring back poison that is easil
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,10 +21,8 @@ from jaxtyping import Bool, Float32, Int64
 from pydantic import BaseModel, Field
 from torch.nn import functional
 
-from tarsift.sifters.inputs import Inputs, as_inputs
-from tarsift.sifters.networks import build_network
-from tarsift.sifters.result import SiftResult, check_labels
-from tarsift.sifters.training import FitConfig, Learner
+from tarsift.sifters.result import SiftResult
+from tarsift.sifters.training import FitConfig, LabelledSet
 
 
 class IsplConfig(BaseModel, frozen=True, extra="forbid"):
@@ -70,16 +67,15 @@ def ispl(
         ValueError: shapes do not fit, or there are fewer than two classes.
     """
     config = config or IsplConfig()
-    inputs = as_inputs(images, device)
-    labels, classes = check_labels(labels, len(inputs))
-    work = _Work(inputs, torch.from_numpy(labels).to(inputs.device), classes, config, seed)
+    given = LabelledSet(images, labels, network=config.network, fit=config.fit, seed=seed, device=device)
+    labels, classes = given.labels, given.classes
     models = config.repeats * config.rounds + int(config.self_rounds > 0)
     counts = np.zeros((len(labels), classes), np.int32)
     losses = np.zeros(len(labels))
     for repeat in range(config.repeats):
-        for taken, logits in work.take_apart():
+        for taken, logits in _take_apart(given, config):
             counts[np.arange(len(labels)), logits.argmax(dim=1).cpu().numpy()] += 1
-            losses += functional.cross_entropy(logits, work.targets, reduction="none").cpu().numpy()
+            losses += functional.cross_entropy(logits, given.targets, reduction="none").cpu().numpy()
             on_step(repeat * config.rounds + taken, models)
     voters = int(counts[0].sum())
     kept = modal_vote(counts, seed=seed) == labels
@@ -89,7 +85,7 @@ def ispl(
     votes = counts[np.arange(len(labels)), labels] / voters
     agreement = votes
     if config.self_rounds and kept.any():
-        agreement = work.self_train(kept)
+        agreement = _self_train(given, kept, config)
         kept = agreement > 0.5
     on_step(models, models)
     score = 1 - (agreement + votes / 100) / 1.01
@@ -117,92 +113,74 @@ def beta(iteration: int, iterations: int, share: float) -> float:
     return min(1.0, share * min(3, max(1, iterations - 2 - iteration)))
 
 
-@dataclass
-class _Work:
-    """One problem, and the random state that every step of it draws from."""
+def _take_apart(given: LabelledSet, config: IsplConfig) -> Iterator[tuple[int, Float32[torch.Tensor, "n c"]]]:
+    """Yield, for each set found, how many there are so far and all samples' logits by a model trained on it."""
+    active, total = given.rows, len(given.rows)
+    for number in range(config.rounds):
+        if len(active) <= max(config.fewest * total, given.classes):
+            return
+        found = _find_set(given, active, min(1.0, config.share * total / len(active)), config, first=number == 0)
+        voter = given.fresh()
+        voter.fit(found, epochs=config.voter_epochs, draw=given.draw)
+        yield number + 1, voter.judge(given.rows)
+        left = torch.ones(total, dtype=torch.bool, device=active.device)
+        left[found] = False
+        active = active[left[active]]
 
-    inputs: Inputs
-    targets: Int64[torch.Tensor, " n"]
-    classes: int
-    config: IsplConfig
-    seed: int
-    models: int = field(default=0, init=False)
 
-    def __post_init__(self) -> None:
-        self.draw = torch.Generator(self.inputs.device).manual_seed(self.seed)
+def _find_set(
+    given: LabelledSet, active: Int64[torch.Tensor, " a"], share: float, config: IsplConfig, *, first: bool
+) -> Int64[torch.Tensor, " s"]:
+    """Algorithm 1: return the rows of a set of about `share` of the active ones, all of one kind if it succeeds."""
+    learner, smoothed, kept = given.fresh(), torch.zeros(len(active), device=active.device), active
+    iterations = iterations_of(share)
+    for iteration in range(iterations):
+        if iteration == 0:
+            rows, epochs = _sample(given, kept, 0.5) if first else kept, config.warmup_epochs
+        else:
+            rows, epochs = _sample(given, kept, config.expansion), config.epochs
+        learner.fit(rows, epochs=epochs, draw=given.draw)
+        losses = learner.losses(active)
+        losses = torch.nan_to_num(losses, nan=float(losses.nanmean()), posinf=1e4)
+        smoothed = config.momentum * smoothed + (1 - config.momentum) * losses
+        kept = active[_trim(smoothed, given.targets[active], beta(iteration, iterations, share))]
+    return kept
 
-    def fresh(self) -> Learner:
-        self.models += 1
-        seed = int(np.random.SeedSequence([self.seed, self.models]).generate_state(1)[0])
-        net = build_network(self.config.network, self.inputs.shape, self.classes, seed=seed)
-        return Learner(net, self.inputs, self.targets, self.config.fit)
 
-    def take_apart(self) -> Iterator[tuple[int, Float32[torch.Tensor, "n c"]]]:
-        """Yield, for each set found, how many there are so far and all samples' logits by a model trained on it."""
-        everything = torch.arange(len(self.inputs), device=self.inputs.device)
-        active = everything
-        for number in range(self.config.rounds):
-            if len(active) <= max(self.config.fewest * len(everything), self.classes):
-                return
-            share = min(1.0, self.config.share * len(everything) / len(active))
-            found = self.find_set(active, share, first=number == 0)
-            voter = self.fresh()
-            voter.fit(found, epochs=self.config.voter_epochs, draw=self.draw)
-            yield number + 1, voter.judge(everything)
-            left = torch.ones(len(everything), dtype=torch.bool, device=active.device)
-            left[found] = False
-            active = active[left[active]]
+def _sample(given: LabelledSet, rows: Int64[torch.Tensor, " s"], part: float) -> Int64[torch.Tensor, " t"]:
+    """Return a random part of each class of rows, at least two samples where it has as many."""
+    chosen = []
+    for label in range(given.classes):
+        mine = rows[given.targets[rows] == label]
+        count = min(len(mine), max(2, round(part * len(mine))))
+        chosen.append(mine[torch.randperm(len(mine), generator=given.draw, device=rows.device)[:count]])
+    return torch.cat(chosen)
 
-    def find_set(self, active: Int64[torch.Tensor, " a"], share: float, *, first: bool) -> Int64[torch.Tensor, " s"]:
-        """Algorithm 1: return the rows of a set of about `share` of the active ones, all of one kind if it succeeds."""
-        learner, smoothed, kept = self.fresh(), torch.zeros(len(active), device=active.device), active
-        iterations = iterations_of(share)
-        for iteration in range(iterations):
-            if iteration == 0:
-                rows, epochs = self.sample(kept, 0.5) if first else kept, self.config.warmup_epochs
-            else:
-                rows, epochs = self.sample(kept, self.config.expansion), self.config.epochs
-            learner.fit(rows, epochs=epochs, draw=self.draw)
-            losses = learner.losses(active)
-            losses = torch.nan_to_num(losses, nan=float(losses.nanmean()), posinf=1e4)
-            smoothed = self.config.momentum * smoothed + (1 - self.config.momentum) * losses
-            kept = active[self.trim(smoothed, self.targets[active], beta(iteration, iterations, share))]
-        return kept
 
-    def sample(self, rows: Int64[torch.Tensor, " s"], part: float) -> Int64[torch.Tensor, " t"]:
-        """Return a random part of each class of rows, at least two samples where it has as many."""
-        chosen = []
-        for label in range(self.classes):
-            mine = rows[self.targets[rows] == label]
-            count = min(len(mine), max(2, round(part * len(mine))))
-            chosen.append(mine[torch.randperm(len(mine), generator=self.draw, device=rows.device)[:count]])
-        return torch.cat(chosen)
+def _trim(
+    losses: Float32[torch.Tensor, " a"], targets: Int64[torch.Tensor, " a"], part: float
+) -> Bool[torch.Tensor, " a"]:
+    """Mark the part of lowest losses, and of every class an eighth of that part, lest one be left out."""
+    kept = losses <= _quantile(losses, part)
+    for label in targets.unique():
+        mine = targets == label
+        kept |= mine & (losses <= _quantile(losses[mine], part / 8))
+    return kept
 
-    def trim(
-        self, losses: Float32[torch.Tensor, " a"], targets: Int64[torch.Tensor, " a"], part: float
-    ) -> Bool[torch.Tensor, " a"]:
-        """Mark the part of lowest losses, and of every class an eighth of that part, lest one be left out."""
-        kept = losses <= _quantile(losses, part)
-        for label in range(self.classes):
-            mine = targets == label
-            if mine.any():
-                kept |= mine & (losses <= _quantile(losses[mine], part / 8))
-        return kept
 
-    def self_train(self, kept: Bool[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
-        """Train on what is kept, again and again on what the model agrees with; return the smoothed agreement."""
-        everything = torch.arange(len(self.inputs), device=self.inputs.device)
-        learner, rows = self.fresh(), everything[torch.from_numpy(kept).to(everything.device)]
-        agreement = torch.full((len(everything),), 0.5, dtype=torch.float64, device=everything.device)
-        momentum = self.config.self_momentum
-        for _ in range(self.config.self_rounds):
-            learner.fit(rows, epochs=self.config.self_epochs, draw=self.draw)
-            agrees = learner.judge(everything).argmax(dim=1) == self.targets
-            agreement = momentum * agreement + (1 - momentum) * agrees
-            rows = everything[agreement > 0.5]
-            if not len(rows):
-                break
-        return agreement.float().cpu().numpy()
+def _self_train(given: LabelledSet, kept: Bool[np.ndarray, " n"], config: IsplConfig) -> Float32[np.ndarray, " n"]:
+    """Train on what is kept, again and again on what the model agrees with; return the smoothed agreement."""
+    learner, rows = given.fresh(), given.rows[torch.from_numpy(kept).to(given.rows.device)]
+    agreement = torch.full((len(given.rows),), 0.5, dtype=torch.float64, device=given.rows.device)
+    momentum = config.self_momentum
+    for _ in range(config.self_rounds):
+        learner.fit(rows, epochs=config.self_epochs, draw=given.draw)
+        agrees = learner.judge(given.rows).argmax(dim=1) == given.targets
+        agreement = momentum * agreement + (1 - momentum) * agrees
+        rows = given.rows[agreement > 0.5]
+        if not len(rows):
+            break
+    return agreement.float().cpu().numpy()
 
 
 def _quantile(values: Float32[torch.Tensor, " a"], part: float) -> torch.Tensor:

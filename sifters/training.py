@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from jaxtyping import Float32, Int64
 from pydantic import BaseModel, Field
 from torch import nn
 from torch.nn import functional
 
-from tarsift.sifters.inputs import Inputs
+from tarsift.sifters.inputs import Inputs, as_inputs
+from tarsift.sifters.networks import build_network
+from tarsift.sifters.result import check_labels
 
 ROWS = 1024  # judged at a time
 
@@ -54,6 +57,39 @@ class Learner:
     def losses(self, rows: Int64[torch.Tensor, " s"]) -> Float32[torch.Tensor, " s"]:
         """Return the loss of each of the rows as they are."""
         return functional.cross_entropy(self.judge(rows), self.targets[rows], reduction="none")
+
+
+class LabelledSet:
+    """A labelled set on a device, the learners that are trained on it, and the random state all of it draws from.
+
+    labels: (n,) renumbered without gaps; targets: the same on the device; rows: 0 to n - 1 on the device.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: Int64[np.ndarray, " n"],
+        *,
+        network: str | None,
+        fit: FitConfig,
+        seed: int,
+        device: str | torch.device,
+    ) -> None:
+        """Take what `as_inputs` takes; raises as that and `check_labels` do."""
+        self.inputs: Inputs = as_inputs(images, device)
+        self.labels, self.classes = check_labels(labels, len(self.inputs))
+        self.targets = torch.from_numpy(self.labels).to(self.inputs.device)
+        self.rows = torch.arange(len(self.inputs), device=self.inputs.device)
+        self.draw = torch.Generator(self.inputs.device).manual_seed(seed)
+        self.seed = seed
+        self._network, self._fit, self._learners = network, fit, 0
+
+    def fresh(self) -> Learner:
+        """Return a learner whose network is seeded by the set's seed and the number of those before it."""
+        seed = int(np.random.SeedSequence([self.seed, self._learners]).generate_state(1)[0])
+        self._learners += 1
+        net = build_network(self._network, self.inputs.shape, self.classes, seed=seed)
+        return Learner(net, self.inputs, self.targets, self._fit)
 
 
 def batches_of(

@@ -4,12 +4,15 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from tarsift.sifters import ispl as module
-from tarsift.sifters.inputs import as_inputs
 from tarsift.sifters.ispl import IsplConfig, beta, ispl, iterations_of, modal_vote
-from tarsift.sifters.training import batches_of
+from tarsift.sifters.training import LabelledSet, batches_of
 from tests.sifters.sets import planted
 
 QUICK = IsplConfig(repeats=1, rounds=4, share=0.24, voter_epochs=20, self_rounds=6)
+
+
+def labelled(images, labels):
+    return LabelledSet(images, labels, network=QUICK.network, fit=QUICK.fit, seed=0, device="cpu")
 
 
 def test_poison_is_dropped_and_most_clean_samples_are_kept():
@@ -30,13 +33,13 @@ def test_the_same_seed_gives_the_same_bytes():
     assert once.score.tobytes() != other.score.tobytes()
 
 
-def test_as_many_sets_as_the_settings_say_and_none_of_them_twice():
+def test_as_many_sets_as_the_settings_say_and_none_of_them_twice(monkeypatch):
     images, labels, _ = planted(600)
-    work = module._Work(as_inputs(images), torch.from_numpy(labels), 5, QUICK, 0)
-    found = []
-    search = work.find_set
-    work.find_set = lambda *args, **options: found.append(search(*args, **options)) or found[-1]
-    assert [number for number, _ in work.take_apart()] == [1, 2, 3, 4]
+    found, search = [], module._find_set
+    monkeypatch.setattr(
+        module, "_find_set", lambda *args, **options: found.append(search(*args, **options)) or found[-1]
+    )
+    assert [number for number, _ in module._take_apart(labelled(images, labels), QUICK)] == [1, 2, 3, 4]
     rows = torch.cat(found)
     assert len(rows) == len(rows.unique())
     assert all(0.22 * 600 < len(part) < 0.34 * 600 for part in found[:3])
@@ -52,15 +55,14 @@ def test_the_schedule(share, betas):
 
 
 def test_trimming_keeps_the_lowest_losses_and_some_of_every_class():
-    work = module._Work(as_inputs(np.zeros((20, 4))), torch.tensor([0] * 10 + [1] * 10), 2, QUICK, 0)
-    losses = torch.arange(20.0)
-    assert work.trim(losses, work.targets, 0.25).nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4, 10]
+    targets, losses = torch.tensor([0] * 10 + [1] * 10), torch.arange(20.0)
+    assert module._trim(losses, targets, 0.25).nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4, 10]
 
 
 def test_a_sample_is_drawn_from_each_class():
-    work = module._Work(as_inputs(np.zeros((52, 4))), torch.tensor([0] * 40 + [1] * 11 + [2]), 3, QUICK, 0)
-    rows = work.sample(torch.arange(52), 0.25)
-    assert np.bincount(work.targets[rows]).tolist() == [10, 3, 1]
+    given = labelled(np.zeros((52, 4)), np.array([0] * 40 + [1] * 11 + [2]))
+    rows = module._sample(given, torch.arange(52), 0.25)
+    assert np.bincount(given.targets[rows]).tolist() == [10, 3, 1]
     assert len(rows.unique()) == len(rows)
 
 
