@@ -8,7 +8,7 @@ a time. Features cannot be diluted afterwards: their dilution is a choice among 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -70,10 +70,14 @@ class Pixels:
         return (self.pictures[rows].float() / 255 - self.mean) / self.std
 
     def augmented(self, rows: Int64[torch.Tensor, " b"], draw: torch.Generator) -> Float32[torch.Tensor, "b 3 h w"]:
-        return warp(self.plain(rows), draw, rotate=0.0)
+        return warp(self.plain(rows), self._perturbation(len(rows), draw).upright())
 
     def diluted(self, rows: Int64[torch.Tensor, " b"], draw: torch.Generator) -> Float32[torch.Tensor, "b 3 h w"]:
-        return blur(warp(self.plain(rows), draw, rotate=ROTATE_DEGREES), draw)
+        return perturb(self.plain(rows), self._perturbation(len(rows), draw))
+
+    def _perturbation(self, count: int, draw: torch.Generator) -> Perturbation:
+        height, width = self.shape[1:]
+        return Perturbation.of(torch.rand(5, count, generator=draw, device=self.device), height, width)
 
 
 @dataclass(frozen=True)
@@ -140,43 +144,70 @@ def _moments(images: UInt8[np.ndarray, "n h w 3"]) -> tuple[torch.Tensor, torch.
     return mean, std
 
 
-def warp(
-    batch: Float32[torch.Tensor, "b 3 h w"], draw: torch.Generator, *, rotate: float
-) -> Float32[torch.Tensor, "b 3 h w"]:
-    """Mirror half of the pictures, shift each by up to an eighth of its side and turn it by up to `rotate` degrees.
+@dataclass(frozen=True)
+class Perturbation:
+    """What is done to each picture of a batch, (b,) each.
 
-    What comes in from outside is 0, the mean of standardised pictures. Without a rotation shifts are whole pixels.
+    mirror: -1 where it is mirrored, else 1. angle: radians. right, down: whole pixels. sigma: of the blur, in pixels.
     """
-    count, _, height, width = batch.shape
-    device = batch.device
-    mirror = torch.where(torch.rand(count, generator=draw, device=device) < 0.5, -1.0, 1.0)
-    angle = (torch.rand(count, generator=draw, device=device) * 2 - 1) * math.radians(rotate)
-    shift = []
-    for side in (width, height):
-        most = max(1, side // CROP_PIXELS_OF)
-        shift.append(torch.randint(-most, most + 1, (count,), generator=draw, device=device) * (2 / side))
-    cosine, sine = torch.cos(angle), torch.sin(angle)
+
+    mirror: Float32[torch.Tensor, " b"]
+    angle: Float32[torch.Tensor, " b"]
+    right: Float32[torch.Tensor, " b"]
+    down: Float32[torch.Tensor, " b"]
+    sigma: Float32[torch.Tensor, " b"]
+
+    @classmethod
+    def of(cls, uniform: Float32[torch.Tensor, "5 b"], height: int, width: int) -> Perturbation:
+        """Turn numbers drawn evenly from 0 to 1 into what is done.
+
+        Half of the pictures are mirrored; each is shifted by up to an eighth of its side, turned by up to 25 degrees,
+        and blurred.
+        """
+        shifts = []
+        for drawn, side in ((uniform[2], width), (uniform[3], height)):
+            most = max(1, side // CROP_PIXELS_OF)
+            shifts.append((drawn * (2 * most + 1)).floor().clamp(max=2 * most) - most)
+        low, high = BLUR_SIGMA
+        return cls(
+            mirror=torch.where(uniform[0] < 0.5, -1.0, 1.0),
+            angle=(uniform[1] * 2 - 1) * math.radians(ROTATE_DEGREES),
+            right=shifts[0],
+            down=shifts[1],
+            sigma=low + (high - low) * uniform[4],
+        )
+
+    def upright(self) -> Perturbation:
+        """Return the same without a rotation."""
+        return replace(self, angle=torch.zeros_like(self.angle))
+
+
+def perturb(batch: Float32[torch.Tensor, "b 3 h w"], how: Perturbation) -> Float32[torch.Tensor, "b 3 h w"]:
+    """Dilute pictures: mirror, shift, turn and blur them. A picture's bits do not depend on its company."""
+    return blur(warp(batch, how), how.sigma)
+
+
+def warp(batch: Float32[torch.Tensor, "b 3 h w"], how: Perturbation) -> Float32[torch.Tensor, "b 3 h w"]:
+    """Mirror, shift and turn pictures. What comes in from outside is 0, the mean of standardised pictures."""
+    _, _, height, width = batch.shape
+    cosine, sine = torch.cos(how.angle), torch.sin(how.angle)
     slant = height / width
-    first = torch.stack([cosine * mirror, -sine * slant, shift[0]], dim=1)
-    second = torch.stack([sine * mirror / slant, cosine, shift[1]], dim=1)
+    first = torch.stack([cosine * how.mirror, -sine * slant, how.right * (2 / width)], dim=1)
+    second = torch.stack([sine * how.mirror / slant, cosine, how.down * (2 / height)], dim=1)
     grid = functional.affine_grid(torch.stack([first, second], dim=1), list(batch.shape), align_corners=False)
-    mode = "bilinear" if rotate else "nearest"
+    mode = "bilinear" if how.angle.any() else "nearest"  # whole pixels stay what they are
     return functional.grid_sample(batch, grid, mode=mode, padding_mode="zeros", align_corners=False)
 
 
-def blur(batch: Float32[torch.Tensor, "b 3 h w"], draw: torch.Generator) -> Float32[torch.Tensor, "b 3 h w"]:
-    """Smooth each picture with a Gaussian kernel of 3 x 3 pixels of its own width."""
-    low, high = BLUR_SIGMA
-    sigma = low + (high - low) * torch.rand(len(batch), generator=draw, device=batch.device)
+def blur(
+    batch: Float32[torch.Tensor, "b 3 h w"], sigma: Float32[torch.Tensor, " b"]
+) -> Float32[torch.Tensor, "b 3 h w"]:
+    """Smooth each picture with a Gaussian kernel of 3 x 3 pixels of its own width, mirrored at the border."""
     side = torch.exp(-0.5 / sigma**2)
-    kernel = torch.stack([side, torch.ones_like(side), side], dim=1)
-    kernel = kernel / kernel.sum(dim=1, keepdim=True)
-    count, channels, height, width = batch.shape
-    flat = functional.pad(batch, (1, 1, 1, 1), mode="reflect").reshape(1, count * channels, height + 2, width + 2)
-    each = kernel.repeat_interleave(channels, dim=0)
-    flat = functional.conv2d(flat, each[:, None, :, None], groups=count * channels)
-    flat = functional.conv2d(flat, each[:, None, None, :], groups=count * channels)
-    return flat.reshape(batch.shape)
+    center, side = (weight.view(-1, 1, 1, 1) for weight in (1 / (1 + 2 * side), side / (1 + 2 * side)))
+    padded = functional.pad(batch, (1, 1, 1, 1), mode="reflect")
+    across = center * padded[..., 1:-1] + side * (padded[..., :-2] + padded[..., 2:])
+    return center * across[..., 1:-1, :] + side * (across[..., :-2, :] + across[..., 2:, :])
 
 
 def _choice(

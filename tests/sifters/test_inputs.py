@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from tarsift.sifters.inputs import as_inputs, blur, warp
+from tarsift.sifters.inputs import Perturbation, as_inputs, blur, perturb, warp
 from tests.sifters.sets import pictures
 
 
@@ -56,7 +56,8 @@ def test_without_rotation_a_warp_is_a_mirror_and_a_shift_by_whole_pixels():
     height, width = 16, 24
     batch = torch.rand(64, 3, height, width)
     found = set()
-    for before, after in zip(batch, warp(batch, drawn(), rotate=0.0), strict=True):
+    how = Perturbation.of(torch.rand(5, 64, generator=drawn()), height, width).upright()
+    for before, after in zip(batch, warp(batch, how), strict=True):
         for mirrored in (False, True):
             source = torch.nn.functional.pad(before.flip(2) if mirrored else before, (3, 3, 2, 2))
             for dy in range(5):
@@ -85,8 +86,30 @@ def test_dilution_is_drawn_for_each_picture_and_by_the_generator():
     assert len({picture.numpy().tobytes() for picture in once}) == 8
 
 
+def test_a_picture_is_diluted_the_same_in_any_company():
+    batch, uniform = torch.rand(9, 3, 16, 16), torch.rand(5, 9, generator=drawn())
+    together = perturb(batch, Perturbation.of(uniform, 16, 16))
+    for rows in ([4], [7, 2], [8, 0, 1]):
+        apart = perturb(batch[rows], Perturbation.of(uniform[:, rows], 16, 16))
+        assert torch.equal(apart, together[rows])
+
+
+def test_shifts_reach_an_eighth_of_the_side_and_no_more():
+    how = Perturbation.of(torch.rand(5, 4000, generator=drawn()), 32, 16)
+    assert sorted(how.down.unique().tolist()) == [*range(-4, 5)]
+    assert sorted(how.right.unique().tolist()) == [*range(-2, 3)]
+    edges = Perturbation.of(torch.tensor([[1.0]] * 5), 32, 16)
+    assert (edges.down.item(), edges.right.item()) == (4, 2)
+
+
 def test_blur_keeps_what_is_even_and_smooths_the_rest():
+    sigma = torch.tensor([0.1, 0.5, 1.0, 2.0])
     even = torch.full((4, 3, 8, 8), 2.5)
-    assert torch.allclose(blur(even, drawn()), even, atol=1e-5)
-    noise = torch.randn(4, 3, 8, 8, generator=drawn())
-    assert (blur(noise, drawn()).std(dim=(1, 2, 3)) <= noise.std(dim=(1, 2, 3))).all()
+    assert torch.allclose(blur(even, sigma), even, atol=1e-5)
+    noise = torch.randn(1, 3, 8, 8, generator=drawn()).expand(4, -1, -1, -1)
+    spread = blur(noise, sigma).std(dim=(1, 2, 3))
+    assert (spread.diff() < 0).all()
+    assert torch.allclose(blur(noise, sigma)[0], noise[0], atol=1e-4)
+    point = torch.zeros(1, 3, 5, 5)
+    point[..., 2, 2] = 1.0
+    assert torch.allclose(blur(point, torch.tensor([1.0])).sum(), torch.tensor(3.0))
