@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, UInt8
 from pydantic import ValidationError
 
+from tarsift.operators.dilution import dilute
 from tarsift.operators.encoder_settings import EncoderConfig, EncoderInfo
 from tarsift.operators.errors import ChangedError, ConfigError, TarsiftError, UsageError
 from tarsift.operators.images import DecodeImages
@@ -55,7 +56,8 @@ class ClipEncoder:
 
     A map over Arrow tables or dicts of arrays with `pixels` (from `DecodeImages`) or else `image`
     (bytes, decoded here), and `caption`. It appends `image_embedding`, `image_norm`,
-    `text_embedding` and `clip_similarity`, or those of the towers asked for, and drops `pixels`.
+    `text_embedding` and `clip_similarity`, or those of the towers asked for, and drops `pixels`; with
+    `views`, also `view_embeddings`, those of diluted copies of the image (see `dilution`).
     Embeddings are raw, not normalised; null where the image or the caption is. The norm and the
     cosine are those of the embeddings as stored. An image that cannot be decoded here gets an `error`.
 
@@ -86,7 +88,7 @@ class ClipEncoder:
         torch.set_num_threads(self.config.threads)
         self.device = choose_device(self.config.device)
         settled = self.config.settled(gpu=self.device.type == "cuda")
-        self.precision, self.micro_batch = settled.precision, settled.micro_batch
+        self.precision, self.micro_batch, self.views = settled.precision, settled.micro_batch, settled.views or 0
         self.encoder = load_encoder(self.config.spec, device=self.device)
         if weights_sha256 not in (None, self.encoder.weights_sha256):
             raise ChangedError(
@@ -117,8 +119,11 @@ class ClipEncoder:
         if "image" in self.config.towers:
             if "pixels" not in table.column_names:
                 table = self.decode(table)
-            image = self._images(table["pixels"])
+            pictures, seen = self._pictures(table["pixels"])
+            image = self._stored(self._encode(encode_images, pictures), seen), seen
             new["image_embedding"] = fixed_size_list(*image)
+            if self.views:
+                new["view_embeddings"] = fixed_size_list(self._diluted(pictures, seen), seen)
             new["image_norm"] = pa.array(norms(image[0]), mask=~image[1])
         if "text" in self.config.towers:
             text = self._captions(table["caption"])
@@ -128,7 +133,8 @@ class ClipEncoder:
         table = append(table, new)
         return table.drop_columns(["pixels"]) if "pixels" in table.column_names else table
 
-    def _images(self, column: pa.ChunkedArray) -> tuple[Float[np.ndarray, "n d"], Bool[np.ndarray, " n"]]:
+    def _pictures(self, column: pa.ChunkedArray) -> tuple[UInt8[np.ndarray, "m s s 3"], Bool[np.ndarray, " n"]]:
+        """Return the pictures that are there, and which rows have one."""
         pixels, valid = matrix(column)
         size = self.encoder.image_size
         if pixels.shape[1] != size * size * 3:
@@ -136,8 +142,14 @@ class ClipEncoder:
                 f"`pixels` holds {pixels.shape[1]} values per row, {self.encoder.name} takes {size} x {size} x 3. "
                 f"Decode with DecodeImages({size})."
             )
-        usable = (pixels if valid.all() else pixels[valid]).reshape(-1, size, size, 3)
-        return self._stored(self._encode(encode_images, usable), valid), valid
+        return (pixels if valid.all() else pixels[valid]).reshape(-1, size, size, 3), valid
+
+    def _diluted(
+        self, pictures: UInt8[np.ndarray, "m s s 3"], valid: Bool[np.ndarray, " n"]
+    ) -> Float[np.ndarray, "n vd"]:
+        """Embed diluted copies of the pictures; each row holds those of one, one after another."""
+        copies = (dilute(pictures, view, fill=self.encoder.mean) for view in range(self.views))
+        return np.concatenate([self._stored(self._encode(encode_images, copy), valid) for copy in copies], axis=1)
 
     def _captions(self, column: pa.ChunkedArray) -> tuple[Float[np.ndarray, "n d"], Bool[np.ndarray, " n"]]:
         captions = column.combine_chunks().dictionary_encode()  # equal captions are encoded once

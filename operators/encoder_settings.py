@@ -29,13 +29,23 @@ class EncoderConfig(BaseModel):
     ] = None
     threads: Annotated[int, Field(ge=1, description="threads of torch in the encoder's process")] = 1
     store: Annotated[Literal["float16", "float32"], Field(description="type of the stored embeddings")] = "float16"
+    views: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=16,
+            description="diluted copies of every image that are embedded too, for sifters; None = 3 for the role "
+            "`features`, else 0",
+        ),
+    ] = None
     towers: Annotated[tuple[Tower, ...], Field(min_length=1, description="what is embedded")] = ("image", "text")
 
-    def settled(self, *, gpu: bool) -> EncoderConfig:
-        """Put what `precision=auto` and `micro_batch=None` mean there; embeddings depend on both."""
+    def settled(self, *, gpu: bool, views: int = 0) -> EncoderConfig:
+        """Put what `precision=auto`, `micro_batch=None` and `views=None` mean there; embeddings depend on them."""
         precision = self.precision if self.precision != "auto" else "fp16" if gpu else "fp32"
         micro_batch = self.micro_batch or (256 if gpu else 64)
-        return self.model_copy(update={"precision": precision, "micro_batch": micro_batch})
+        views = views if self.views is None else self.views
+        return self.model_copy(update={"precision": precision, "micro_batch": micro_batch, "views": views})
 
 
 @dataclass(frozen=True)

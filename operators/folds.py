@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tarsift.clip_detect.sampling import keyed_hash, resalt
 from tarsift.clip_detect.threshold import Cutoff, TopFraction
@@ -270,6 +271,26 @@ class CountNear:
         return a[0] + b[0], a[1] + b[1]
 
     def finish(self, state: tuple[int, int]) -> tuple[int, int]:
+        return state
+
+
+class Highest:
+    """Fold: the highest value of a column; None if it is null throughout."""
+
+    def __init__(self, column: str):
+        self.column = column
+        self.columns = (column,)
+
+    def init(self) -> Any:
+        return None
+
+    def add(self, state: Any, table: pa.Table) -> Any:
+        return self.merge(state, pc.max(table[self.column]).as_py())  # pyright: ignore[reportAttributeAccessIssue]
+
+    def merge(self, a: Any, b: Any) -> Any:
+        return b if a is None else a if b is None else max(a, b)
+
+    def finish(self, state: Any) -> Any:
         return state
 
 

@@ -35,12 +35,16 @@ COLUMNS: dict[str, Column] = {
     "image_size": Column(pa.int64(), "ReadShard", "bytes of the image member"),
     "image": Column(pa.large_binary(), "ReadShard", "the image member's bytes as they are; never written to Parquet"),
     "caption": Column(pa.string(), "ReadShard", "the caption, from `.txt` or a json field"),
+    "label": Column(pa.int32(), "ReadShard", "class, from a `.cls` that holds a whole number"),
     "error": Column(pa.string(), "any", "reason code, null = fine"),
     "image_sha256": Column(pa.binary(32), "hash_images", "SHA-256 of the image bytes"),
     "pixels": Column("fixed_size_list<uint8>[h*w*3]", "DecodeImages", "resized RGB pixels (h, w, 3); never stored"),
     "image_embedding": Column("fixed_size_list<float16|float32>[d]", "ClipEncoder", "image embedding, not normalised"),
     "text_embedding": Column("fixed_size_list<float16|float32>[d]", "ClipEncoder", "caption embedding, not normalised"),
     "clip_similarity": Column(pa.float32(), "ClipEncoder", "cosine of the embeddings; its sign is no verdict"),
+    "view_embeddings": Column(
+        "fixed_size_list<float16|float32>[views*d]", "ClipEncoder", "embeddings of diluted copies, one after another"
+    ),
     "image_norm": Column(pa.float32(), "ClipEncoder", "Euclidean norm of the image embedding"),
     "duplicate_count": Column(pa.int32(), "CountCopies", "samples of the dump with the same image, itself included"),
     "suspicion_image": Column(pa.float32(), "SmoothScores", "the verdict score from images alone"),
@@ -59,17 +63,24 @@ COLUMNS: dict[str, Column] = {
     "caption_mismatch": Column(pa.float32(), "ScoreMismatch", "the caption side of the verdict"),
     "suspicion_density": Column(pa.float32(), "Judge", "the density side of the verdict, where captions judge too"),
     "suspicion": Column(pa.float32(), "SmoothScores, Judge", "the default verdict score, higher = more suspicious"),
+    "class": Column(pa.int32(), "RouteCaptions, RouteLabels", "class by the caption or the label; -1 = unrouted"),
+    "class_cosine": Column(pa.float32(), "RouteCaptions", "cosine of the caption and the center of its class"),
+    "sift_rank": Column(pa.float32(), "JoinVerdicts", "mean rank in its class by the sifter, 0 to 1"),
+    "sift_status": Column(pa.string(), "JoinVerdicts", "`sifted`, or why it was not"),
+    "suspicion_sifted": Column(pa.float32(), "JoinVerdicts", "`suspicion`, raised where the sifter confirms it"),
     "flagged": Column(pa.bool_(), "Flag", "whether the sample is removed"),
     "reasons": Column(pa.list_(pa.string()), "Flag", "every score or rule behind the verdict"),
 }  # fmt: skip
 
 # Float columns of the score files that are no scores: their orientation is their own.
 MEASURES = ("clip_similarity", "image_norm", "witness_clip_similarity")
+# Scores that are not in the score files, but beside them in those of the sifted samples.
+SIFTED_SCORES = ("suspicion_sifted", "sift_rank")
 
 SAMPLE_SCHEMA = pa.schema(
     [
         (name, COLUMNS[name].type)
-        for name in ("shard", "row", "key", "uid", "image_offset", "image_size", "image", "caption", "error")
+        for name in ("shard", "row", "key", "uid", "image_offset", "image_size", "image", "caption", "label", "error")
     ]
 )
 

@@ -40,6 +40,9 @@ __all__ = [
 ]
 
 
+LABEL_PART, LABEL_BYTES = "cls", 24  # as webdataset writes a class: its number, as text
+
+
 class ReadConfig(BaseModel):
     """What is read of a sample, and the bounds of it."""
 
@@ -136,7 +139,7 @@ class ReadShard:
                 problems=tuple(counts.problems),
                 repeated=take_repeated(),
             )
-            yield _table([(shard.name, -1, end.model_dump_json(), *[None] * 5, END_OF_SHARD)])
+            yield _table([(shard.name, -1, end.model_dump_json(), *[None] * (len(SAMPLE_SCHEMA) - 4), END_OF_SHARD)])
         elif counts.problems:
             told = "; ".join(map(str, counts.problems))
             warnings.warn(f"{shard.url}: {counts.rows} samples read, then {told}", RuntimeWarning, stacklevel=2)
@@ -204,7 +207,7 @@ class Sample:
     """What has been read of one sample."""
 
     __slots__ = (
-        *("caption", "caption_size", "image", "image_part", "json", "json_size"),
+        *("caption", "caption_size", "image", "image_part", "json", "json_size", "label"),
         *("key", "offset", "repeats", "several", "size", "state"),
     )
 
@@ -219,6 +222,7 @@ class Sample:
         self.caption_size = -1
         self.json: bytes | None = None
         self.json_size = -1
+        self.label: bytes | None = None
         self.state: str | None = None  # a reason that goes before all others
 
     def add(self, placed: Placed) -> None:
@@ -237,6 +241,8 @@ class Sample:
             self.caption, self.caption_size = member.payload, member.size
         elif placed.part == "json":
             self.json, self.json_size = member.payload, member.size
+        elif placed.part == LABEL_PART:
+            self.label = member.payload
 
     def is_whole(self, config: ReadConfig) -> bool:
         has_caption = self.caption_size >= 0 if config.captions == "txt" else self.json_size >= 0
@@ -265,7 +271,7 @@ class Sample:
         uid = _printable(str(uid).encode("utf-8", "replace")) if named else f"{shard}/{key}"
         error = self._fault(config) or reason
         image = self.image if error is None or error in IMAGE_USABLE else None
-        return key, uid, self.offset, self.size, image, caption, error
+        return key, uid, self.offset, self.size, image, caption, _label(self.label), error
 
     def _fault(self, config: ReadConfig) -> str | None:
         if self.state:
@@ -319,7 +325,7 @@ def _wanted(config: ReadConfig) -> Callable[[str, int], int]:
             return config.max_caption_bytes
         if part == "json" and size <= config.max_json_bytes:
             return size
-        return 0
+        return LABEL_BYTES if part == LABEL_PART else 0
 
     return wanted
 
@@ -357,6 +363,12 @@ def _parse_json(data: bytes | None, size: int) -> tuple[dict[str, Any], str | No
     except (ValueError, RecursionError):
         return {}, "bad_json"
     return (fields, None) if isinstance(fields, dict) else ({}, "bad_json")
+
+
+def _label(data: bytes | None) -> int | None:
+    digits = (data or b"").strip()
+    number = int(digits) if digits.isdigit() and len(digits) < LABEL_BYTES else -1
+    return number if 0 <= number < 2**31 else None
 
 
 def _printable(text: bytes) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 from tarsift.operators.errors import UsageError
 from tarsift.operators.regime import RegimeCode
 
-DETECT, WITNESS = "detect", "witness"
-ROLES = (DETECT, WITNESS)
+DETECT, WITNESS, FEATURES = "detect", "witness", "features"
+ROLES = (DETECT, WITNESS, FEATURES)  # the last gives sifters their features, and judges nothing itself
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""Read back what a pass has committed: batches of stored rows, in row order, in bounded memory."""
+"""How rows are stored, and read back as a pass has committed them: in batches, in row order, in bounded memory."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -97,3 +98,12 @@ def end_row(schema: pa.Schema, shard: str, rows: int) -> pa.Table:
     end = json.dumps({"rows": rows, "repeated": take_repeated()})
     values = {"shard": shard, "row": -1, "key": end, "error": END_OF_SHARD}
     return pa.table([pa.array([values.get(f.name)], f.type) for f in schema], schema)
+
+
+def parquet_options(schema: pa.Schema) -> dict[str, Any]:
+    """How columns are encoded: embeddings as they are (they do not compress), the rest with zstd."""
+    embeddings = {f.name for f in schema if pa.types.is_fixed_size_list(f.type)}
+    plain = [f.name for f in schema if f.name not in embeddings]
+    compression = {f"{name}.list.element": "none" for name in embeddings} | dict.fromkeys(plain, "zstd")
+    strings = [f.name for f in schema if pa.types.is_string(f.type) and f.name in ("shard", "error", "home")]
+    return {"compression": compression, "use_dictionary": strings, "write_statistics": False}

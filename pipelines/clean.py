@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 
 from tarsift.operators import storage
 from tarsift.operators.encoder_settings import EncoderConfig, EncoderInfo
-from tarsift.operators.errors import ChangedError, ErrorRateError, TarsiftError
+from tarsift.operators.errors import ChangedError, ErrorRateError, TarsiftError, UsageError
 from tarsift.operators.regime import encoder_regime
-from tarsift.operators.schema import MEASURES
-from tarsift.operators.sides import DETECT, choose_sides
+from tarsift.operators.schema import MEASURES, SIFTED_SCORES
+from tarsift.operators.sides import DETECT, FEATURES, choose_sides
 from tarsift.pipelines import embed as embedding
 from tarsift.pipelines import flag as flagging
 from tarsift.pipelines import score as scoring
@@ -26,7 +26,7 @@ from tarsift.pipelines.config import CleanConfig
 from tarsift.pipelines.ledger import fingerprint
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.report import write_report
-from tarsift.pipelines.run import Run, embed_name, open_run
+from tarsift.pipelines.run import Run, embed_name, open_run, passes_of_score
 from tarsift.pipelines.trusted import TrustedReference
 
 
@@ -98,8 +98,9 @@ def describe_encoder(run: Run, role: str, info: EncoderInfo) -> dict[str, Any]:
 
 def score_step(run: Run) -> None:
     """Fit the reference and score every sample."""
-    prints = {role: run.complete(embed_name(role))[0] for role in run.roles}
-    sides = choose_sides({role: run.content["encoders"][role]["regime"]["code"] for role in run.roles})
+    judging = [role for role in run.roles if role != FEATURES]
+    prints = {role: run.complete(embed_name(role))[0] for role in judging}
+    sides = choose_sides({role: run.content["encoders"][role]["regime"]["code"] for role in judging})
     trusted = None
     if run.config.reference.path and sides.density:
         weights = run.content["encoders"][sides.density]["weights_sha256"]
@@ -113,11 +114,38 @@ def score_step(run: Run) -> None:
     run.file.save()
 
 
+def sift_step(run: Run) -> None:
+    """Route every sample to a class, and sift the classes."""
+    from tarsift.pipelines import sift as sifting  # loads scikit-learn, for which other steps need not wait
+
+    role = run.sift_role
+    if role is None:
+        raise UsageError(
+            "sifting takes features of an encoder that never saw the dump: give --encoder features=MODEL, or a witness."
+        )
+    if embed_name(role) not in run.content["passes"]:
+        embed_step(run)
+    if run.content["encoders"][role]["regime"]["code"] in ("trained_on_this_dump", "partly"):
+        raise UsageError(
+            f"the encoder given as {role} was trained on this dump: what is planted looks ordinary to it. Give "
+            "--encoder features=MODEL, one that never saw these shards."
+        )
+    run.complete("score")
+    passes = sifting.SiftPasses(
+        run.shards, run.out, run.config, role, run.wanted_fingerprints()["sift"],
+        key=scoring.dump_key(run.embedded, run.config), samples=sum(e["rows"] for e in run.embedded.values()),
+        progress=run.progress, finished=run.record,
+    )  # fmt: skip
+    run.content["sift"] = passes.run()
+    run.file.save()
+
+
 def flag_step(run: Run) -> None:
     """Find the cutoff and flag every sample."""
-    run.complete("score")
-    print_ = run.wanted_fingerprints()["flag"]
     policy = run.config.flag
+    for name in passes_of_score(policy.score):
+        run.complete(name)
+    print_ = run.wanted_fingerprints()["flag"]
     flagging.check_score_exists(policy.score, score_columns(run))
     quarantined = flagging.quarantined_shards(run.embedded, policy)
     location, scale = scoring.score_location(run.out, policy.score) if policy.policy == "z" else (0.0, 1.0)
@@ -134,13 +162,13 @@ def flag_step(run: Run) -> None:
 
 
 def score_columns(run: Run) -> list[str]:
-    """Names of the float columns of the score files."""
+    """Names of the scores that samples can be flagged by."""
     for name in run.names:
         with storage.open_read(storage.join(run.out, "scores", f"{name}.parquet")) as raw:
             schema = pq.read_schema(raw)
         names = [f.name for f in schema if str(f.type) == "float" and f.name not in MEASURES]
         if names:
-            return names
+            return [*names, *(SIFTED_SCORES if run.fingerprint_of("sift") else ())]
     return []
 
 
@@ -231,6 +259,8 @@ def clean(
     with run.working():
         embed_step(run)
         score_step(run)
+        if run.config.sift.enabled:
+            sift_step(run)
         flag_step(run)
         write_step(run)
         report = report_step(run)

@@ -27,6 +27,7 @@ from tarsift.operators.errors import TarsiftError
 from tarsift.operators.retry import take_repeated
 from tarsift.operators.schema import as_table
 from tarsift.operators.shards import Shard
+from tarsift.operators.stored import parquet_options
 from tarsift.pipelines.failures import stalled
 from tarsift.pipelines.ledger import Ledger
 from tarsift.pipelines.progress import Event, Listener, silent
@@ -199,15 +200,6 @@ def _with_metadata(schema: pa.Schema, metadata: dict[str, str]) -> pa.Schema:
     return schema.with_metadata({f"tarsift.{name}": value for name, value in metadata.items()})
 
 
-def parquet_options(schema: pa.Schema) -> dict[str, Any]:
-    """How columns are encoded: embeddings as they are (they do not compress), the rest with zstd."""
-    embeddings = {f.name for f in schema if pa.types.is_fixed_size_list(f.type)}
-    plain = [f.name for f in schema if f.name not in embeddings]
-    compression = {f"{name}.list.element": "none" for name in embeddings} | dict.fromkeys(plain, "zstd")
-    strings = [f.name for f in schema if pa.types.is_string(f.type) and f.name in ("shard", "error", "home")]
-    return {"compression": compression, "use_dictionary": strings, "write_statistics": False}
-
-
 @dataclass(frozen=True)
 class PassResult:
     """What a pass did now (`done`), and the records of all its shards."""
@@ -233,6 +225,29 @@ class PassResult:
             "repeated_requests": repeated,
             "elapsed_s": round(self.elapsed_s, 3),
         }
+
+
+def run_whole(
+    ledger: Ledger, work: Callable[[], dict[str, Any] | None], *, shards: int, samples: int, progress: Listener = silent
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Do a piece of work that concerns all shards at once, unless its record is there.
+
+    Args:
+        work: returns what is to be known of it later, as plain values.
+        shards, samples: of the dump, for the figures.
+
+    Returns:
+        What the work returned, and what `run.json` keeps of the pass.
+    """
+    record = ledger.begin(["all"]).get("all")
+    progress(Event(ledger.name, 0, 1, unit="sample"))
+    if record is None:
+        start = time.monotonic()
+        about = work() or {}
+        record = ledger.commit("all", {"rows": samples, "about": about, "elapsed_s": time.monotonic() - start})
+    progress(Event(ledger.name, 1, 1, unit="sample", finished=True))
+    figures = {"shards": shards, "samples": samples, "elapsed_s": round(record["elapsed_s"], 3)}
+    return record["about"], {**figures, "fingerprint": ledger.fingerprint, "whole": True}
 
 
 def run_pass(

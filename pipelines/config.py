@@ -21,6 +21,7 @@ from tarsift.operators.encoder_settings import EncoderConfig
 from tarsift.operators.errors import ChangedError, ConfigError
 from tarsift.operators.flag import FlagConfig
 from tarsift.operators.shards import ReadConfig
+from tarsift.operators.sift_settings import SiftConfig
 
 
 class ReferenceConfig(BaseModel):
@@ -84,12 +85,19 @@ class CleanConfig(BaseModel):
     reference: ReferenceConfig = ReferenceConfig()
     suspicion: SuspicionConfig = SuspicionConfig()
     mismatch: MismatchConfig = MismatchConfig()
+    sift: SiftConfig = SiftConfig()
     flag: FlagConfig = FlagConfig()
     write: WriteConfig = WriteConfig()
     resources: ResourcesConfig = ResourcesConfig()
     max_error_rate: Annotated[
         float, Field(ge=0, le=1, description="share of errored samples over which the exit code is 3")
     ] = 1.0
+
+    def with_sifted_score(self) -> CleanConfig:
+        """Flag by the verdict of density and sifters where classes are sifted and no score is named."""
+        if not self.sift.enabled or "score" in self.flag.model_fields_set:
+            return self
+        return self.model_copy(update={"flag": self.flag.model_copy(update={"score": "suspicion_sifted"})})
 
     def result_settings(self) -> dict[str, Any]:
         """Settings that the result depends on: everything but `resources`, as plain JSON values."""

@@ -11,6 +11,7 @@ from tarsift.operators import storage
 from tarsift.operators.encoder_settings import EncoderInfo
 from tarsift.operators.errors import ChangedError
 from tarsift.operators.shards import Shard, list_shards
+from tarsift.operators.sides import FEATURES
 from tarsift.pipelines.commit import SINK_CPUS, PassResult, run_pass
 from tarsift.pipelines.config import CleanConfig, ResourcesConfig
 from tarsift.pipelines.ledger import Ledger, fingerprint, records_of
@@ -23,6 +24,7 @@ from tarsift.pipelines.session import ACTOR_OPTIONS, map_tables, session
 # (and those of the sink) it still runs a reader per CPU beside an actor per CPU.
 READ_CPUS = 0.5
 ENCODE_CPUS = 0.2
+VIEWS = 3  # of the encoder that gives sifters their features
 SHARDS_PER_ACTOR = 8  # an actor takes seconds to start; for fewer shards another one is not worth it
 
 
@@ -36,7 +38,10 @@ def gpu_share(resources: ResourcesConfig) -> float:
 def settled(config: CleanConfig) -> CleanConfig:
     """Settle what `auto` means for the encoders on this cluster: embeddings depend on it."""
     gpu = gpu_share(config.resources) > 0
-    encoders = {role: e.settled(gpu=gpu and e.device != "cpu") for role, e in config.encoders.items()}
+    encoders = {
+        role: encoder.settled(gpu=gpu and encoder.device != "cpu", views=VIEWS if role == FEATURES else 0)
+        for role, encoder in config.encoders.items()
+    }
     return config.model_copy(update={"encoders": encoders})
 
 

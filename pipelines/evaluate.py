@@ -19,13 +19,14 @@ from jaxtyping import Bool, Float32, Int64
 from tarsift.clip_detect import metrics
 from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
-from tarsift.operators.schema import MEASURES
+from tarsift.operators.schema import MEASURES, SIFTED_SCORES
 from tarsift.operators.stored import ReadStored, Stored
 from tarsift.pipelines.ledger import RunFile
 
 BATCH_ROWS = 65_536
 
 # The one measure that is also evaluated, turned round: poison need not agree with its caption.
+SAMPLES = "sift/samples"  # scores of those that were sifted
 LOW_SIMILARITY = "low_clip_similarity"
 
 # Highest fractions of the samples that have a score, for which recall and clean samples lost are given.
@@ -117,11 +118,12 @@ class _Table:
 
     def floats(self, name: str) -> Float32[np.ndarray, " n"]:
         """Read a score of all samples; NaN where there is none."""
+        folder = SAMPLES if name in SIFTED_SCORES else "scores"
         parts = [
             table[name].cast(pa.float32()).to_numpy()
             if name in table.column_names
             else np.full(len(table), np.nan, np.float32)
-            for table in self.read("scores", ["row", name])
+            for table in self.read(folder, ["row", name])
         ]
         return np.concatenate([np.zeros(0, np.float32), *parts])
 
@@ -171,7 +173,9 @@ def _locate(out: str, shards: Sequence[str]) -> _Table:
         start += n
     if not rows:
         raise UsageError(f"{out} holds no scores of its {len(shards)} shards: run `tarsift score {out}` first.")
-    return _Table(out, list(rows), starts, rows, list(columns))
+    sifted = {name.removesuffix(".parquet") for name in storage.list_files(storage.join(out, SAMPLES), ".parquet")}
+    more = SIFTED_SCORES if sifted >= rows.keys() else ()
+    return _Table(out, list(rows), starts, rows, [*columns, *more])
 
 
 def _read_truth(url: str) -> pa.Table:

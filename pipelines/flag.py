@@ -15,6 +15,7 @@ from tarsift.operators import storage
 from tarsift.operators.errors import ConfigError, ShardError, UsageError
 from tarsift.operators.flag import Flag, FlagConfig, Judged
 from tarsift.operators.folds import CountNear, SelectTop, row_hashes
+from tarsift.operators.schema import SIFTED_SCORES
 from tarsift.operators.shards import Shard
 from tarsift.operators.stored import ReadStored, Stored
 from tarsift.pipelines.commit import PassResult, run_pass
@@ -60,19 +61,17 @@ def find_threshold(
     Args:
         location, scale: median and scaled MAD of the score in the reference, for the policy `z`.
     """
-    folder = storage.join(out, "scores")
+    folders = [storage.join(out, "scores"), *sifted_folder(out, config.score)]
     judged = Judged(config, quarantined)
     if config.policy == "fraction" and config.value > 0:
         columns = (*judged.columns, "row")
-        cut = select_top(
-            config.value, config.score, shards, [folder], judged=judged, hashes=tie_hashes, columns=columns
-        )
+        cut = select_top(config.value, config.score, shards, folders, judged=judged, hashes=tie_hashes, columns=columns)
         score, tie_hash = cut.score, cut.hash
     else:
         given = {"fraction": np.inf, "score": config.value, "z": location + config.value * scale}
         score, tie_hash = float(np.float32(given[config.policy])), None
     count = CountNear(score, config.score, judged=judged, columns=judged.columns)
-    near, total = run_fold(count, shards, [folder])
+    near, total = run_fold(count, shards, folders)
     return Threshold(config.policy, config.score, config.value, score, tie_hash, near, total)
 
 
@@ -116,10 +115,15 @@ def quarantined_shards(embedded: Mapping[str, Mapping[str, Any]], config: FlagCo
     return frozenset(damaged) if config.on_bad_shard == "quarantine" else frozenset()
 
 
-def flag_rows(items: pa.Table, *, folder: str, flag: Flag):
+def sifted_folder(out: str, score: str) -> list[str]:
+    """Return the folder beside that of the scores in which this one is, if it is there."""
+    return [storage.join(out, "sift", "samples")] if score in SIFTED_SCORES else []
+
+
+def flag_rows(items: pa.Table, *, folders: list[str], flag: Flag):
     """Read a shard's scores, flag them and yield the columns of a flags file, then the end-of-shard row."""
     columns = ("shard", "row", "key", "uid", "error", flag.config.score)
-    source = ReadStored([Stored(folder, columns)], batch_rows=8192, receipts=True)
+    source = ReadStored([Stored(folder, columns) for folder in folders], batch_rows=8192, receipts=True)
     for shard in shards_of(items):
         for table in source(shard.name):
             yield flag(table, tie_hashes(table)).select(FLAG_FILE_COLUMNS)
@@ -141,9 +145,8 @@ def flag_pass(
     flag = Flag(config, cutoff=threshold.cutoff, tie_hash=threshold.tie_hash, quarantined=quarantined)
 
     def stream(wave: list[Shard]) -> ray.data.Dataset:
-        return map_tables(
-            shard_items(wave), flag_rows, {"folder": storage.join(out, "scores"), "flag": flag}, num_cpus=1
-        )
+        folders = [storage.join(out, "scores"), *sifted_folder(out, config.score)]
+        return map_tables(shard_items(wave), flag_rows, {"folders": folders, "flag": flag}, num_cpus=1)
 
     metadata = {
         "policy": config.policy,

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from tarsift.operators.errors import ConfigError
 
 MAIN, PASSES, WORKSHOP = "Main job", "Its passes, one by one", "Workshop"
-INPUT, VERDICT, SPREAD, SETTINGS = "Input", "Verdict", "How the work is spread (changes no score)", "Settings"
+INPUT, VERDICT, SETTINGS = "Input", "Verdict", "Settings"
+SIFT, SPREAD = "Sifting", "How the work is spread (changes no score)"
 
 Shards = Annotated[
     list[str],
@@ -35,8 +36,8 @@ Encoder = Annotated[
     list[str] | None,
     typer.Option(
         "--encoder", metavar="ROLE=MODEL", rich_help_panel=INPUT, show_default=False,
-        help="detect=MODEL, a CLIP trained on this dump, witness=MODEL, one that never saw it, or both. MODEL: enc.pt "
-        "of `pretrain`, RN50:/models/cc3m.pt, ViT-B-32:TAG or hf-hub:org/name.",
+        help="detect=MODEL, a CLIP trained on this dump, witness=MODEL, one that never saw it, or both; features=MODEL "
+        "for sifters. MODEL: enc.pt of `pretrain`, RN50:/models/cc3m.pt, ViT-B-32:TAG or hf-hub:org/name.",
     ),
 ]  # fmt: skip
 ConfigFile = Annotated[
@@ -96,6 +97,27 @@ Reference = Annotated[
     str | None,
     typer.Option(metavar="PATH", help="Embeddings of a trusted dump to score against.", rich_help_panel=INPUT),
 ]
+Sifter = Annotated[
+    str | None,
+    typer.Option(
+        "--sifter", metavar="NAME", help="How classes are sifted (default diluted-loss).", rich_help_panel=SIFT
+    ),
+]
+Route = Annotated[
+    str | None,
+    typer.Option(
+        "--route",
+        metavar="captions|cls|FILE",
+        rich_help_panel=SIFT,
+        help="Classes: clusters of captions, numbers in .cls, or a file that names one in each line.",
+    ),
+]
+Budget = Annotated[
+    int | None,
+    typer.Option(
+        "--budget", min=1, help="Problems at most, spent on the most suspicious classes.", rich_help_panel=SIFT
+    ),
+]
 Workers = Annotated[int | None, typer.Option(min=1, help="Encoder and scoring actors.", rich_help_panel=SPREAD)]
 GpusPerWorker = Annotated[
     float | None, typer.Option("--gpus-per-worker", min=0, help="GPU share of an actor.", rich_help_panel=SPREAD)
@@ -146,6 +168,12 @@ def verdict_settings(
     if on_bad_shard is not None:
         settings["flag.on_bad_shard"] = on_bad_shard
     return settings
+
+
+def sift_settings(sifter: str | None, route: str | None, budget: int | None) -> dict[str, Any]:
+    """Turn the flags of sifting into settings."""
+    values = {"sift.method.sifter": sifter, "sift.route": route, "sift.budget": budget}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def spread_settings(

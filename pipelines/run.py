@@ -14,9 +14,9 @@ from typing import Any
 
 from tarsift.operators import storage
 from tarsift.operators.errors import BusyError, ChangedError, ConfigError, UsageError
-from tarsift.operators.schema import SCHEMA_VERSION
+from tarsift.operators.schema import SCHEMA_VERSION, SIFTED_SCORES
 from tarsift.operators.shards import Shard, list_shards
-from tarsift.operators.sides import DETECT, ROLES, WITNESS
+from tarsift.operators.sides import DETECT, FEATURES, ROLES, WITNESS
 from tarsift.pipelines.commit import PassResult
 from tarsift.pipelines.config import CleanConfig, parse_config, put_setting, refuse_changes
 from tarsift.pipelines.failures import failures_told
@@ -29,7 +29,13 @@ from tarsift.pipelines.session import session
 PACKAGES = ("ray", "torch", "open_clip_torch", "pyarrow", "numpy", "Pillow", "tarsift")
 
 # Settings that the result of a pass depends on beside those of the passes before it; that of embedding: all others.
-SETTINGS_OF = {"score": ("reference", "suspicion", "mismatch"), "flag": ("flag",), "write": ("write",), "report": ()}
+SETTINGS_OF = {
+    "score": ("reference", "suspicion", "mismatch"),
+    "sift": ("sift", f"encoders.{FEATURES}"),
+    "flag": ("flag",),
+    "write": ("write",),
+    "report": (),
+}
 
 
 @dataclass
@@ -55,6 +61,11 @@ class Run:
     def roles(self) -> tuple[str, ...]:
         """The roles that have an encoder; the first one's files say which samples there are."""
         return tuple(role for role in ROLES if role in self.config.encoders)
+
+    @property
+    def sift_role(self) -> str | None:
+        """The role whose embeddings are routed and sifted: one that never saw the dump; None: there is none."""
+        return next((role for role in (FEATURES, WITNESS) if role in self.config.encoders), None)
 
     @property
     def embedded(self) -> dict[str, dict[str, Any]]:
@@ -142,14 +153,19 @@ class Run:
 
     def wanted_fingerprints(self) -> dict[str, str]:
         """Fingerprint that each later pass must have to agree with the settings and the passes before it."""
-        flag = fingerprint("flag", self.fingerprint_of("score"), self.config.flag.model_dump(mode="json"))
+        scores = [self.fingerprint_of(name) for name in passes_of_score(self.config.flag.score)]
+        flag = fingerprint("flag", scores, self.config.flag.model_dump(mode="json"))
         write = fingerprint("write", flag, self.config.write.model_dump(mode="json"))
-        return {"flag": flag, "write": write, "report": fingerprint("report", write)}
+        sift = fingerprint(
+            "sift", self.fingerprint_of(embed_name(self.sift_role or "")), self.fingerprint_of("score"),
+            self.config.sift.model_dump(mode="json", exclude={"enabled"}),
+        )  # fmt: skip
+        return {"sift": sift, "flag": flag, "write": write, "report": fingerprint("report", write)}
 
     def stale_passes(self) -> list[str]:
         """Passes whose result was made from an earlier state of the passes before them."""
         wanted = self.wanted_fingerprints()
-        return [n for n in ("flag", "write") if self.fingerprint_of(n) not in (None, wanted[n])]
+        return [n for n in wanted if n != "report" and self.fingerprint_of(n) not in (None, wanted[n])]
 
 
 def shards_outside(inputs: str | Sequence[str], out: str) -> list[Shard]:
@@ -163,6 +179,11 @@ def shards_outside(inputs: str | Sequence[str], out: str) -> list[Shard]:
     if not shards:
         raise UsageError(f"all shards that are given lie in {out}, the result folder: give another --out.")
     return shards
+
+
+def passes_of_score(score: str) -> tuple[str, ...]:
+    """Return the passes that make the files a score is in."""
+    return ("score", "sift") if score in SIFTED_SCORES else ("score",)
 
 
 def embed_name(role: str) -> str:
@@ -179,7 +200,7 @@ def open_run(inputs: str | Sequence[str], out: str, config: CleanConfig, *, prog
     """
     refuse_encoders(config)
     out = storage.absolute(out)
-    config = with_absolute_paths(config)
+    config = with_absolute_paths(config.with_sifted_score())
     shards = shards_outside(inputs, out)
     listed = [{"name": s.name, "url": s.url, "size": s.size} for s in shards]
     with storage.reachable(out):
@@ -253,7 +274,7 @@ def refuse_setting(name: str, redo: str) -> None:
         ConfigError: says which have.
     """
     groups = (*SETTINGS_OF[redo], "resources", "max_error_rate")
-    if name.partition(".")[0] not in groups:
+    if not any(f"{name}.".startswith(f"{group}.") for group in groups):
         raise ConfigError(
             f"{name} does not belong to the pass {redo}, which has the settings {', '.join(groups)}. "
             "Redo the pass it belongs to, or run `tarsift clean` with another --out."
@@ -286,7 +307,8 @@ def with_choices_of(before: CleanConfig, config: CleanConfig) -> CleanConfig:
     for role, encoder in config.encoders.items():
         chosen = before.encoders.get(role, encoder)
         precision = chosen.precision if encoder.precision == "auto" else encoder.precision
-        update = {"precision": precision, "micro_batch": encoder.micro_batch or chosen.micro_batch}
+        views = chosen.views if encoder.views is None else encoder.views
+        update = {"precision": precision, "micro_batch": encoder.micro_batch or chosen.micro_batch, "views": views}
         encoders[role] = encoder.model_copy(update=update)
     return config.model_copy(update={"encoders": encoders})
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,11 +30,11 @@ from tarsift.operators.scorer import CountCopies, Judge, ScoreDensity, ScoreMism
 from tarsift.operators.shards import Shard
 from tarsift.operators.sides import Sides
 from tarsift.operators.stored import ReadStored, Stored
-from tarsift.pipelines.commit import PassResult, run_pass
+from tarsift.pipelines.commit import PassResult, run_pass, run_whole
 from tarsift.pipelines.config import CleanConfig
 from tarsift.pipelines.fitting import ScoreFolders, fit_enriched, fit_reference, load_arrays, rule_file
 from tarsift.pipelines.ledger import Ledger, fingerprint
-from tarsift.pipelines.progress import Event, Listener, silent
+from tarsift.pipelines.progress import Listener, silent
 from tarsift.pipelines.reading import shard_items, shards_of
 from tarsift.pipelines.session import ACTOR_OPTIONS, map_tables
 from tarsift.pipelines.trusted import TrustedReference
@@ -218,16 +217,9 @@ def score_passes(
     def once(name: str, work: Any) -> dict[str, Any]:
         """Do a piece of work that concerns all shards, unless its record is there."""
         ledger = Ledger(out, name, fingerprint_)
-        record = ledger.begin(["all"]).get("all")
-        if record is None:
-            start = time.monotonic()
-            progress(Event(name, 0, 1, unit="sample"))
-            about = work() or {}
-            record = ledger.commit("all", {"rows": samples, "about": about, "elapsed_s": time.monotonic() - start})
-        progress(Event(name, 1, 1, unit="sample", finished=True))
-        figures = {"shards": len(shards), "samples": samples, "elapsed_s": round(record["elapsed_s"], 3)}
-        finished(name, {**figures, "fingerprint": fingerprint_, "whole": True})
-        return record["about"]
+        about, figures = run_whole(ledger, work, shards=len(shards), samples=samples, progress=progress)
+        finished(name, figures)
+        return about
 
     def each(name: str, scorer: type, folder: str) -> None:
         """Run a pass over all shards."""

@@ -25,6 +25,9 @@ def side_by_side(
     *,
     num_returns: int = 1,
     max_retries: int | None = None,
+    num_gpus: float = 0,
+    at_once: int | None = None,
+    timeout_s: float | None = None,
 ) -> Iterator[tuple[Item, list[ray.ObjectRef]]]:
     """Call a function in Ray tasks and yield each item when its first result is there, in any order.
 
@@ -32,6 +35,9 @@ def side_by_side(
         calls: items with the arguments of their call; taken up as there is room.
         num_returns: results of a call; those after the first need not be fetched.
         max_retries: how often a call whose worker died is tried again; a few times where None.
+        num_gpus: of a call; its share of one, or several.
+        at_once: calls at most at a time; a few per CPU where None.
+        timeout_s: seconds in which some call must end; those of the session where None.
 
     Yields:
         The item and its results. `ray.get` of the first raises what the call raised, or a `RayError` if its
@@ -41,8 +47,8 @@ def side_by_side(
         TarsiftError: see `next_done`. However it ends, no call runs on.
     """
     retries: dict[str, Any] = TASK_OPTIONS if max_retries is None else {"max_retries": max_retries}
-    task: Any = ray.remote(num_cpus=1, num_returns=num_returns, **retries)(function)
-    limit = max(2, PER_CPU * int(ray.cluster_resources().get("CPU", 1)))
+    task: Any = ray.remote(num_cpus=1, num_gpus=num_gpus, num_returns=num_returns, **retries)(function)
+    limit = at_once or max(2, PER_CPU * int(ray.cluster_resources().get("CPU", 1)))
     waiting = iter(calls)
     running: dict[ray.ObjectRef, Item] = {}
     promised: dict[ray.ObjectRef, list[ray.ObjectRef]] = {}
@@ -59,7 +65,7 @@ def side_by_side(
                 results = results if isinstance(results, list) else [results]
                 running[results[0]], promised[results[0]] = item, results
             if running:
-                done = next_done(running, function)
+                done = next_done(running, function, timeout_s)
                 yield running.pop(done), promised.pop(done)
     finally:
         leave(running)
@@ -81,13 +87,15 @@ def run_task(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any
         leave(running)
 
 
-def next_done(running: Mapping[ray.ObjectRef, Any], function: Callable[..., Any]) -> ray.ObjectRef:
+def next_done(
+    running: Mapping[ray.ObjectRef, Any], function: Callable[..., Any], timeout_s: float | None = None
+) -> ray.ObjectRef:
     """Wait for the first of the calls of a function to end; `running` names what each works on.
 
     Raises:
-        TarsiftError: if none has ended within the `stall_timeout_s` of the session.
+        TarsiftError: if none has ended within `timeout_s`, or the `stall_timeout_s` of the session.
     """
-    limit = stall_timeout_s()
+    limit = timeout_s or stall_timeout_s()
     done, _ = ray.wait(list(running), num_returns=1, timeout=limit)
     if done:
         return done[0]

@@ -11,30 +11,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
-from pydantic import BaseModel, Field
 from sklearn.cluster import KMeans
 from torch import nn
 from torch.nn import functional
 
 from tarsift.sifters.result import SiftResult
-from tarsift.sifters.training import ROWS, FitConfig, LabelledSet, Learner
-
-
-class BaselineConfig(BaseModel, frozen=True, extra="forbid"):
-    """Settings of the methods in this file; each reads those it has a use for."""
-
-    network: str | None = Field(default=None, description="in NETWORKS; None = `head` or `small-cnn`, by the input")
-    fit: FitConfig = Field(default=FitConfig(), description="how models are trained")
-    epochs: int = Field(default=20, ge=1, description="of the model whose features, losses or inputs are looked at")
-    early_epochs: int = Field(default=5, ge=1, description="loss_scan: epochs whose losses count")
-    models: int = Field(default=5, ge=1, description="diluted_loss: models whose losses are averaged")
-    diluted_epochs: int = Field(default=2, ge=1, description="diluted_loss: epochs of each, 80 steps at least")
-    keep: float = Field(default=0.95, gt=0, le=1, description="itlm: part of the samples that each round keeps")
-    trims: int = Field(default=4, ge=1, description="itlm: rounds")
-    clusters_of: int = Field(default=10, ge=1, description="activation_clustering: principal components")
-    small: float = Field(default=0.35, gt=0, lt=1, description="activation_clustering: a smaller part is suspicious")
-    inversion_steps: int = Field(default=200, ge=1, description="inverted_mean_distance: steps of model inversion")
-    damping: float = Field(default=0.1, gt=0, description="self_influence: of the mean curvature, added to all")
+from tarsift.sifters.settings import BaselineConfig
+from tarsift.sifters.training import ROWS, LabelledSet, Learner
 
 
 @torch.no_grad()

@@ -18,31 +18,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int64
-from pydantic import BaseModel, Field
 from torch.nn import functional
 
 from tarsift.sifters.result import SiftResult
-from tarsift.sifters.training import FitConfig, LabelledSet
-
-
-class IsplConfig(BaseModel, frozen=True, extra="forbid"):
-    """Settings of ISPL, boosting and self-training."""
-
-    network: str | None = Field(default=None, description="in NETWORKS; None = `head` or `small-cnn`, by the input")
-    fit: FitConfig = Field(default=FitConfig(), description="how every model is trained")
-    repeats: int = Field(default=3, ge=1, description="times the whole set is taken apart")
-    rounds: int = Field(default=8, ge=1, description="sets looked for in each repeat")
-    share: float = Field(default=0.12, gt=0, le=1, description="size of a set, as a part of all samples")
-    fewest: float = Field(default=0.04, ge=0, lt=1, description="part of all samples that is not taken apart any more")
-    expansion: float = Field(default=0.25, gt=0, le=1, description="alpha: part of a set that is trained on")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="eta: how slowly losses follow")
-    warmup_epochs: int = Field(default=8, ge=1, description="epochs of the first iteration")
-    epochs: int = Field(default=4, ge=1, description="epochs of each later one")
-    voter_epochs: int = Field(default=40, ge=1, description="epochs of a model that votes")
-    keep_low_losses: bool = Field(default=False, description="keep the lower half of each class by loss, as appendix C")
-    self_rounds: int = Field(default=20, ge=0, description="times that self-training looks again; 0 = none")
-    self_epochs: int = Field(default=5, ge=1, description="epochs in between")
-    self_momentum: float = Field(default=0.8, ge=0, lt=1, description="how slowly agreement follows")
+from tarsift.sifters.settings import IsplConfig
+from tarsift.sifters.training import LabelledSet
 
 
 def ispl(

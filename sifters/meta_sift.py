@@ -36,7 +36,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64, Shaped
-from pydantic import BaseModel, Field
 from torch import nn
 from torch.func import functional_call, jvp, stack_module_state
 from torch.nn import functional
@@ -44,32 +43,13 @@ from torch.nn import functional
 from tarsift.sifters.inputs import Inputs, as_inputs
 from tarsift.sifters.networks import build_network
 from tarsift.sifters.result import SiftResult, check_labels
+from tarsift.sifters.settings import MetaSiftConfig
 
 FULL_ROUNDS = 390  # of a published run (CIFAR-10, batches of 128), for which psi's rate is meant
 FEWEST_STEPS = 40  # of warm-up and of rounds: a small set is gone through more often than `epochs` says
 TOTAL_WEIGHT = 1e-4  # weights of a batch that sum to less are not normalised
 
 Parameters = dict[str, torch.Tensor]
-
-
-class MetaSiftConfig(BaseModel, frozen=True, extra="forbid"):
-    """Settings of Meta-Sift; rates are those of the released code but for `virtual_rate` and `weight_rate`."""
-
-    network: str | None = Field(default=None, description="in NETWORKS; None = `head` or `small-cnn`, by the input")
-    sifters: int = Field(default=5, ge=1, description="independent sifters, m")
-    warmup_epochs: int = Field(default=1, ge=0, description="epochs of plain training, of 40 steps at least; 0 = none")
-    epochs: int = Field(default=1, ge=1, description="epochs of rounds, 40 rounds at least")
-    batch_size: int = Field(default=128, ge=2, description="samples of a round; a smaller set is one batch")
-    rate: float = Field(default=1e-3, gt=0, description="AdamW's rate for the classifier")
-    virtual_rate: float = Field(default=0.1, gt=0, description="alpha: rate of the virtual update")
-    weight_rate: float = Field(
-        default=0.05, gt=0, description="rate of psi over 390 rounds; more where there are fewer"
-    )
-    sampler_rate: float = Field(default=0.1, gt=0, description="rate of the gradient samplers")
-    sampled: int = Field(
-        default=13, ge=0, description="parameters with a sampler, before the last layer, which has none"
-    )
-    diluted: bool = Field(default=True, description="judge diluted copies; off only to show what dilution is worth")
 
 
 class Weigher(nn.Sequential):

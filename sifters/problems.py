@@ -16,21 +16,11 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Int32, Int64
-from pydantic import BaseModel, Field
 from sklearn.cluster import KMeans, MiniBatchKMeans
 
+from tarsift.sifters.settings import RoutingConfig
+
 UNROUTED = -1
-
-
-class RoutingConfig(BaseModel, frozen=True, extra="forbid"):
-    """How classes are made, and how they are grouped."""
-
-    class_size: int = Field(default=1500, ge=2, description="samples of a class, on the average")
-    smallest: int = Field(default=300, ge=1, description="a smaller class is merged into the nearest other")
-    largest: int = Field(default=5000, ge=2, description="a larger class is split")
-    least_cosine: float = Field(default=0.5, ge=-1, le=1, description="of a caption and the name of its class")
-    classes_per_problem: int = Field(default=10, ge=2, description="classes that are sifted together")
-    repeats: int = Field(default=2, ge=1, description="times that each class is sifted, each time with others")
 
 
 @dataclass(frozen=True)

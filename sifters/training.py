@@ -7,24 +7,15 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64
-from pydantic import BaseModel, Field
 from torch import nn
 from torch.nn import functional
 
 from tarsift.sifters.inputs import Inputs, as_inputs
 from tarsift.sifters.networks import build_network
 from tarsift.sifters.result import check_labels
+from tarsift.sifters.settings import FitConfig
 
 ROWS = 1024  # judged at a time
-
-
-class FitConfig(BaseModel, frozen=True, extra="forbid"):
-    """Stochastic gradient descent, as ISPL uses it with PreActResNet-18 on CIFAR-10."""
-
-    batch_size: int = Field(default=128, ge=2, description="samples of a step; half of a set that is small")
-    rate: float = Field(default=0.02, gt=0, description="learning rate, constant")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="of the steps, Nesterov's off")
-    weight_decay: float = Field(default=5e-4, ge=0, description="of all parameters")
 
 
 class Learner:

@@ -9,8 +9,10 @@ import typer
 from tarsift.operators.errors import EXIT_CODES
 from tarsift.pipelines.options import (
     MAIN,
+    SIFT,
     AsJson,
     BatchSize,
+    Budget,
     By,
     Captions,
     ConfigFile,
@@ -27,13 +29,16 @@ from tarsift.pipelines.options import (
     OutOption,
     Quiet,
     Reference,
+    Route,
     Set,
     Shards,
+    Sifter,
     Threads,
     Workers,
     checked,
     compose,
     encoder_settings,
+    sift_settings,
     spread_settings,
     verdict_settings,
 )
@@ -66,6 +71,12 @@ def clean(
     on_bad_shard: OnBadShard = None,
     no_shards: NoShards = False,
     max_error_rate: MaxErrorRate = None,
+    sift: Annotated[
+        bool, typer.Option("--sift", help="Sift classes too, and flag by both verdicts.", rich_help_panel=SIFT)
+    ] = False,
+    sifter: Sifter = None,
+    route: Route = None,
+    budget: Budget = None,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,
     threads: Threads = None,
@@ -85,7 +96,9 @@ def clean(
     flags = {
         **encoder_settings(encoder),
         **verdict_settings(fraction, min_score, min_z, by, on_error, on_bad_shard),
+        **sift_settings(sifter, route, budget),
         **spread_settings(workers, gpus_per_worker, threads, batch_size),
+        "sift.enabled": True if sift else None,
         "read.captions": captions,
         "reference.path": reference,
         "max_error_rate": max_error_rate,

@@ -1,4 +1,4 @@
-"""The passes of the main job, one by one: embed, score, flag, write, report."""
+"""The passes of the main job, one by one: embed, score, sift, flag, write, report."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 from tarsift.pipelines.options import (
     PASSES,
     BatchSize,
+    Budget,
     By,
     Captions,
     ConfigFile,
@@ -24,12 +25,15 @@ from tarsift.pipelines.options import (
     OutOption,
     Quiet,
     Reference,
+    Route,
     Set,
     Shards,
+    Sifter,
     Threads,
     Workers,
     compose,
     encoder_settings,
+    sift_settings,
     spread_settings,
     verdict_settings,
 )
@@ -102,6 +106,31 @@ def score(
     changes = {"reference.path": reference} | spread_settings(workers, None, threads, batch_size)
     run = _redo(out, ["score"], changes, set_, quiet)
     say(f"{run.content['passes']['score']['samples']:,} samples scored in {out}/scores", quiet)
+
+
+@commands.command(rich_help_panel=PASSES)
+def sift(
+    out: OutFolder,
+    encoder: Encoder = None,
+    sifter: Sifter = None,
+    route: Route = None,
+    budget: Budget = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
+    set_: Set = None,
+    quiet: Quiet = False,
+) -> None:
+    """Sort samples into classes by their captions, and sift the classes, into OUT/sift."""
+    changes = encoder_settings(encoder) | sift_settings(sifter, route, budget)
+    run = _redo(out, ["sift"], changes | spread_settings(workers, gpus_per_worker, None, None), set_, quiet)
+    said = run.content["sift"]
+    for name, reason in said["failed"].items():
+        say(f"problem {name} failed: {reason}", quiet)
+    say(
+        f"{said['sifted']:,} of {said['samples']:,} samples sifted, in {said['problems']} problems, in {out}/sift",
+        quiet,
+    )
+    say(f"flag by both verdicts: tarsift flag {out} --by suspicion_sifted", quiet)
 
 
 @commands.command(rich_help_panel=PASSES)

@@ -26,6 +26,7 @@ FRACTIONS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1)
 PARTS_OF_VERDICT = (
     "suspicion",
     "suspicion_density",
+    "sift_rank",
     "caption_mismatch",
     "multiscale_slof",
     "multiscale_k_distance",
@@ -105,13 +106,13 @@ def collect(
     available = what_there_is(out, names, first_role(run))
     threshold = run.get("threshold") or {}
     score = threshold.get("score") or "suspicion"
-    if score not in available.columns["scores"] and len(available.columns["scores"]) > 2:
+    if score not in available.scores and len(available.columns["scores"]) > 2:
         raise UsageError(f"{out}/scores has no column {score!r}, by which flags were set; run `tarsift score {out}`.")
     done = iter(range(1, FOLDS * len(names) + 1))
     reader = RunReader(
         out, available, threads=config.threads, tick=lambda: tick(next(done), max(1, FOLDS * len(names)))
     )
-    charts = _charts(score, available.columns["scores"])
+    charts = _charts(score, available.scores)
     key = hashlib.sha256(json.dumps([run.get("created"), names]).encode()).digest()
     overview = reader.fold(
         Overview(score, charts, max(config.looked_at, config.samples), config.background, key), names

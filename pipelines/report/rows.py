@@ -74,6 +74,11 @@ class Available:
     encoder: dict[str, str]
     embeddings: str
 
+    @property
+    def scores(self) -> list[str]:
+        """Columns of the score files and of those of the sifted samples."""
+        return [*self.columns["scores"], *self.columns["sift/samples"]]
+
 
 def what_there_is(out: str, shards: Sequence[str], role: str) -> Available:
     """Look at the first table of each pass that has samples; of embeddings at those of one role.
@@ -82,7 +87,7 @@ def what_there_is(out: str, shards: Sequence[str], role: str) -> Available:
         UsageError: if there is no table of scores or flags at all.
     """
     embeddings = f"embeddings/{role}"
-    columns: dict[str, list[str]] = {folder: [] for folder in ("scores", "flags", embeddings)}
+    columns: dict[str, list[str]] = {folder: [] for folder in ("scores", "sift/samples", "flags", embeddings)}
     encoder: dict[str, str] = {}
     for folder in columns:
         for shard in shards:

@@ -329,7 +329,7 @@ def test_what_workers_run_gives_what_is_stored(result, encoder, tmp_path):
 
     threshold = run.content["threshold"]
     flag = Flag(run.config.flag, cutoff=threshold["cutoff"], tie_hash=threshold["tie_hash"])
-    tables = list(flag_rows(items, folder=str(out_of(result) / "scores"), flag=flag))
+    tables = list(flag_rows(items, folders=[str(out_of(result) / "scores")], flag=flag))
     assert pa.concat_tables(tables[:-1]).to_pylist() == stored["flags"].to_pylist()
 
 

@@ -1,0 +1,32 @@
+"""Settings of routing and sifting as a part of the main job, apart from what loads torch."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, Field
+
+from tarsift.sifters.settings import RoutingConfig, SifterConfig
+
+
+class SiftConfig(BaseModel, frozen=True, extra="forbid"):
+    """Settings of routing and sifting."""
+
+    enabled: bool = Field(default=False, description="route and sift inside `clean`, and judge by both")
+    route: str = Field(
+        default="captions", description="classes by `captions` (clusters), `cls` (numbers in .cls), or a file of names"
+    )
+    budget: int | None = Field(default=None, ge=1, description="problems at most; None = as many as there are")
+    suspect_fraction: float = Field(
+        default=0.05, gt=0, lt=1, description="most suspicious part by density, whose classes come first"
+    )
+    most_suspects: float = Field(
+        default=0.5, gt=0, le=1, description="a class with a larger part of suspects is reported, not sifted"
+    )
+    most_duplicates: float = Field(
+        default=0.5, gt=0, le=1, description="a class with a larger part of repeated images is reported, not sifted"
+    )
+    picture_size: int = Field(default=32, ge=16, description="pixels of a side, for networks on pictures")
+    memory_gb: float = Field(default=4.0, gt=0, description="that the samples of a problem may take in a job")
+    weight: float = Field(default=1.0, ge=0, description="of a sifter's verdict in `suspicion_sifted`")
+    seed: int = Field(default=0, description="of all that is random")
+    routing: RoutingConfig = RoutingConfig()
+    method: SifterConfig = SifterConfig()

@@ -1,0 +1,218 @@
+"""Sifting inside the main job: each sample gets a verdict or a reason, whatever dies on the way, and always the same."""
+
+import io
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tarsift.operators.errors import ConfigError, UsageError
+from tarsift.operators.grouped import read_groups
+from tarsift.pipelines import clean as recipe
+from tarsift.pipelines.clean import clean
+from tarsift.pipelines.config import load_config
+from tarsift.pipelines.run import reopen_run
+from tests.conftest import make_dump, make_encoder
+
+ROUTING = [
+    "sift.routing.class_size=30", "sift.routing.smallest=8", "sift.routing.classes_per_problem=3",
+    "sift.most_duplicates=1", "sift.method.baseline.models=1",
+]  # fmt: skip
+SMALL = ["suspicion.published_ks=[8, 16]", "suspicion.reference_size=64"]
+
+
+@pytest.fixture(scope="module")
+def made(ray_session, tmp_path_factory):
+    """A folder with `dump`, of 3 shards whose samples have a `.cls`, `features.pt`, and `out`, cleaned and sifted."""
+    folder = tmp_path_factory.mktemp("sift")
+    make_dump(folder / "dump", shards=3, samples=80)
+    for shard in (folder / "dump").glob("*.tar"):
+        add_labels(shard)
+    encoders = {"detect": make_encoder(folder / "enc.pt", folder / "dump")}
+    encoders["features"] = make_encoder(folder / "features.pt", seed=1)
+    given = [f"encoders.{role}.spec={file}" for role, file in encoders.items()]
+    config = load_config(settings=[*given, *ROUTING, *SMALL, "sift.enabled=true", "encoders.features.views=2"])
+    clean(str(folder / "dump"), str(folder / "out"), config=config)
+    return folder
+
+
+def add_labels(shard: Path) -> None:
+    """Give every second sample of a shard a class, 0 to 2."""
+    with tarfile.open(shard, "a", format=tarfile.USTAR_FORMAT) as tar:
+        keys = sorted({name.partition(".")[0] for name in tar.getnames()})
+    with tarfile.open(shard) as old:
+        members = [(member, old.extractfile(member).read()) for member in old]  # pyright: ignore
+    with tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for member, data in members:
+            tar.addfile(member, io.BytesIO(data))
+            key, _, part = member.name.partition(".")
+            if part == "jpg" and keys.index(key) % 2:
+                number = str(keys.index(key) % 3).encode()
+                label = tarfile.TarInfo(f"{key}.cls")
+                label.size = len(number)
+                tar.addfile(label, io.BytesIO(number))
+
+
+@pytest.fixture
+def out(made, tmp_path):
+    shutil.copytree(made / "out", tmp_path / "out")
+    return tmp_path / "out"
+
+
+def redo(out: Path, *, step: str = "sift", **changes) -> dict:
+    changes = {name.replace("__", "."): value for name, value in changes.items()}
+    run = reopen_run(str(out), changes, redo=step)
+    getattr(recipe, f"{step}_step")(run)
+    return run.content["sift"]
+
+
+def samples(out: Path) -> list[dict]:
+    return [
+        row for file in sorted((out / "sift" / "samples").glob("*.parquet")) for row in pq.read_table(file).to_pylist()
+    ]
+
+
+def results(out: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted((out / "sift").rglob("*.parquet"))}
+
+
+def test_every_sample_has_a_verdict_or_a_reason(made):
+    rows, said = samples(made / "out"), json.loads((made / "out" / "run.json").read_text())["sift"]
+    assert len(rows) == 240
+    assert said["by_status"] == {name: sum(r["sift_status"] == name for r in rows) for name in said["by_status"]}
+    for row in rows:
+        assert (row["sift_rank"] is not None) == (row["sift_status"] == "sifted")
+        if row["suspicion_sifted"] is not None:
+            assert row["suspicion_sifted"] >= row["suspicion"]
+    assert said["sifted"] > 200
+    assert not (made / "out" / "sift" / ".gathered").exists()
+
+
+def test_verdicts_are_by_problem_and_each_class_is_in_as_many_as_there_are_repeats(made):
+    verdicts = [
+        row for file in (made / "out" / "sift" / "problems").iterdir() for row in read_groups(str(file)).to_pylist()
+    ]
+    by_sample: dict[tuple, set] = {}
+    for row in verdicts:
+        by_sample.setdefault((row["shard"], row["row"]), set()).add(row["problem"])
+    assert all({name.partition("-")[0] for name in names} == {"0", "1"} for names in by_sample.values())
+    sifted = {(row["shard"], row["row"]) for row in samples(made / "out") if row["sift_status"] == "sifted"}
+    assert by_sample.keys() == sifted
+
+
+def test_flags_are_by_both_verdicts(made):
+    run = json.loads((made / "out" / "run.json").read_text())
+    assert run["threshold"]["score"] == "suspicion_sifted"
+    scores = {(r["shard"], r["row"]): r["suspicion_sifted"] for r in samples(made / "out")}
+    flagged = [row for file in (made / "out" / "flags").iterdir() for row in pq.read_table(file).to_pylist()]
+    cut = run["threshold"]["cutoff"]
+    for row in flagged:
+        if row["home"] != "errored":
+            assert row["flagged"] == (scores[row["shard"], row["row"]] >= cut)
+
+
+def test_features_are_embedded_with_diluted_views(made):
+    first = next((made / "out" / "embeddings" / "features").glob("*.parquet"))
+    schema = pq.read_schema(first)
+    plain, views = schema.field("image_embedding").type.list_size, schema.field("view_embeddings").type.list_size
+    assert views == 2 * plain
+
+
+def test_another_budget_changes_what_is_sifted(out):
+    said = redo(out, sift__budget=1)
+    assert said["problems"] <= 2
+    assert said["by_status"]["over_budget"] > 0
+    rows = samples(out)
+    assert {row["sift_status"] for row in rows if row["sift_rank"] is None} >= {"over_budget"}
+
+
+def test_classes_by_label_and_a_network_on_pictures(out):
+    quick = {"sift__method__network": "small-cnn", "sift__method__baseline__diluted_epochs": 1}
+    said = redo(out, sift__route="cls", sift__picture_size=16, **quick)
+    assert said["classes"] == {"sifted": 3}
+    rows = samples(out)
+    assert {row["class"] for row in rows} == {-1, 0, 1, 2}
+    assert {row["sift_status"] for row in rows if row["class"] == -1} == {"unrouted"}
+
+
+def test_classes_by_name(out, tmp_path):
+    (tmp_path / "classes.txt").write_text("red thing\n\nblue thing\n")
+    said = redo(out, sift__route=str(tmp_path / "classes.txt"), sift__routing__least_cosine=-1)
+    assert sum(said["classes"].values()) == 2
+
+
+def test_a_worker_that_dies_costs_its_problem_a_retry(out, tmp_path, monkeypatch):
+    redo(out, sift__seed=5)
+    undisturbed = results(out)
+    shutil.rmtree(out / "sift")
+    for name in ("classes", "route", "problems", "gather", "sifters", "sift"):
+        shutil.rmtree(out / "ledger" / name)
+    marker = str(tmp_path / "died")
+    monkeypatch.setattr("tarsift.pipelines.sift._sift_one", dies_once(marker))
+    said = redo(out, sift__seed=5)
+    assert os.path.exists(marker)
+    assert said["failed"] == {}
+    assert results(out) == undisturbed
+
+
+def dies_once(marker: str):
+    def sift_one(job, problem):
+        import os
+
+        try:
+            os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return job(problem)
+        os._exit(1)
+
+    return sift_one
+
+
+def test_a_problem_that_fails_is_told_and_the_others_go_on_and_it_is_tried_again(out, monkeypatch):
+    def fails(job, problem):
+        if problem.name == "0-0":
+            raise ValueError("no luck")
+        return job(problem)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tarsift.pipelines.sift._sift_one", fails)
+        said = redo(out, sift__seed=9)
+    assert said["failed"] == {"0-0": "ValueError: no luck"}
+    assert said["problems"] > 1
+    again = redo(out, sift__seed=9)
+    assert again["failed"] == {}
+    assert again["sifted"] >= said["sifted"]
+
+
+def test_the_same_settings_do_nothing_again(out, monkeypatch):
+    before = results(out)
+    monkeypatch.setattr("tarsift.pipelines.sift._sift_one", lambda job, problem: 1 / 0)
+    assert redo(out)["failed"] == {}
+    assert results(out) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"sift__memory_gb": 1e-6}, UsageError, "the largest problem"),
+        ({"sift__routing__class_size": 5000}, UsageError, "too few for two classes"),
+        ({"sift__method__sifter": "typo"}, ConfigError, "sift.method.sifter"),
+        ({"flag__value": 0.1}, ConfigError, "does not belong to the pass sift"),
+        ({"encoders__detect__spec": "other.pt"}, ConfigError, "does not belong to the pass sift"),
+    ],
+)
+def test_what_it_refuses(out, changes, error, says):
+    with pytest.raises(error, match=says):
+        redo(out, **changes)
+
+
+def test_an_encoder_that_saw_the_dump_gives_no_features(made, out):
+    content = json.loads((out / "run.json").read_text())
+    content["encoders"]["features"]["regime"]["code"] = "trained_on_this_dump"
+    (out / "run.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="was trained on this dump"):
+        redo(out)
