@@ -61,8 +61,8 @@ class Corpus:
 
 
 CORPORA = {
-    "cifar10": Corpus(epochs=15, batch_size=128),
-    "flickr8k": Corpus(epochs=20, batch_size=128),
+    "cifar10": Corpus(epochs=15, batch_size=64),
+    "flickr8k": Corpus(epochs=40, batch_size=64),
     "digits": Corpus(epochs=5, batch_size=128),
 }
 DIGITS = 50_000

@@ -129,18 +129,18 @@ class AuditShard:
             with open_shard(shard.url) as source, self._decoder() as decode:
                 compressed = source.compressed
                 for sample in read_samples(source, self.read, counts):
-                    key, uid, _, _, image, _, error = sample.finish(shard.name, self.read)
+                    fields = sample.finish(shard.name, self.read)
                     counts.rows += 1
-                    if error:
-                        found.add(error, key)
-                    if image is not None:
-                        digests.check(sample, key, image)
+                    if fields.error:
+                        found.add(fields.error, fields.key)
+                    if fields.image is not None:
+                        digests.check(sample, fields.key, fields.image)
                         if self.decode:
-                            _try(decode, image, key, found)
-                    stated = uid != f"{shard.name}/{key}"
-                    uids.append(_hash(uid, self.key) & ~1 | stated if stated or not sample.repeats else 0)
+                            _try(decode, fields.image, fields.key, found)
+                    stated = fields.uid != f"{shard.name}/{fields.key}"
+                    uids.append(_hash(fields.uid, self.key) & ~1 | stated if stated or not sample.repeats else 0)
                     if keys is not None:
-                        keys.add(_hash(key, self.key))
+                        keys.add(_hash(fields.key, self.key))
                 sha256, size = source.finish()
         except UNREACHED as error:
             counts.problems.append(unreadable(error))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from tarsift.operators.folds import row_hashes
 from tarsift.operators.schema import append, as_table, matrix
 from tarsift.sifters.problems import UNROUTED, ClassRule
 
@@ -119,6 +120,43 @@ class CountClasses:
 
     def finish(self, state: ClassCounts) -> ClassCounts:
         return state
+
+
+class LowestPerClass:
+    """Fold: of each class the samples of lowest `sift_rank`; finishes to a table of them, by shard and row.
+
+    Args:
+        quotas: how many of each class.
+        key: of the hash that breaks ties.
+        cutoff: samples with at least this `suspicion` are left out; None: none is.
+    """
+
+    columns = ("shard", "row", "uid", "class", "sift_rank", "suspicion")
+
+    def __init__(self, quotas: np.ndarray, *, key: bytes, cutoff: float | None = None):
+        self.quotas, self.key, self.cutoff = quotas, key, cutoff
+
+    def init(self) -> pa.Table:
+        kinds = (pa.string(), pa.int32(), pa.string(), pa.int32(), pa.float32(), pa.float32(), pa.uint64())
+        return pa.table([pa.array([], kind) for kind in kinds], [*self.columns, "tie"])
+
+    def add(self, state: pa.Table, table: pa.Table) -> pa.Table:
+        table = table.filter(table["sift_rank"].is_valid())
+        if self.cutoff is not None:
+            table = table.filter(pa.array(np.asarray(table["suspicion"].combine_chunks()) < np.float32(self.cutoff)))
+        table = table.select(list(self.columns)).append_column("tie", pa.array(row_hashes(table, self.key)))
+        return self.merge(state, table.cast(state.schema))
+
+    def merge(self, a: pa.Table, b: pa.Table) -> pa.Table:
+        both = pa.concat_tables([a, b])
+        classes = np.asarray(both["class"].combine_chunks())
+        order = np.lexsort((np.asarray(both["tie"]), np.asarray(both["sift_rank"]), classes))
+        sizes = np.bincount(classes, minlength=len(self.quotas))
+        place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return both.take(pa.array(order[place < self.quotas[classes[order]]]))
+
+    def finish(self, state: pa.Table) -> pa.Table:
+        return state.drop_columns(["tie"]).sort_by([("shard", "ascending"), ("row", "ascending")])
 
 
 def class_table(counts: ClassCounts, status: list[str]) -> pa.Table:

@@ -11,7 +11,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
@@ -203,6 +203,19 @@ class ShardCounts:
         self.problems: list[ShardProblem] = []
 
 
+class SampleFields(NamedTuple):
+    """The columns of SAMPLE_SCHEMA after `row`."""
+
+    key: str
+    uid: str
+    image_offset: int | None
+    image_size: int | None
+    image: bytes | None
+    caption: str | None
+    label: int | None
+    error: str | None
+
+
 class Sample:
     """What has been read of one sample."""
 
@@ -255,8 +268,8 @@ class Sample:
         """Return what its json says; empty where there is none that can be read."""
         return _parse_json(self.json, self.json_size)[0]
 
-    def finish(self, shard: str, config: ReadConfig) -> tuple[Any, ...]:
-        """Return the columns after `row`."""
+    def finish(self, shard: str, config: ReadConfig) -> SampleFields:
+        """Return what the sample's row says of it."""
         key = _printable(self.key.encode("utf-8", "surrogateescape"))
         fields, fault = _parse_json(self.json, self.json_size)
         if config.captions == "txt":
@@ -271,7 +284,7 @@ class Sample:
         uid = _printable(str(uid).encode("utf-8", "replace")) if named else f"{shard}/{key}"
         error = self._fault(config) or reason
         image = self.image if error is None or error in IMAGE_USABLE else None
-        return key, uid, self.offset, self.size, image, caption, _label(self.label), error
+        return SampleFields(key, uid, self.offset, self.size, image, caption, _label(self.label), error)
 
     def _fault(self, config: ReadConfig) -> str | None:
         if self.state:

@@ -48,7 +48,7 @@ class SplitResult:
 
 
 def split_shard(
-    shard: Shard, homes: Sequence[str], outputs: Mapping[str, str], *, expect_sha256: str | None = None
+    shard: Shard, homes: Sequence[str], outputs: Mapping[str, str | None], *, expect_sha256: str | None = None
 ) -> SplitResult:
     """Copy the members of row i of `shard` to the archive `outputs[homes[i]]`, in one pass and bounded memory.
 
@@ -57,7 +57,7 @@ def split_shard(
 
     Args:
         homes: a key of `outputs` for every row that ReadShard gives, among them "clean" and "errored".
-        outputs: URL of the archive of each home.
+        outputs: URL of the archive of each home; None: what goes there is counted, and written nowhere.
         expect_sha256: SHA-256 that the shard's file must have.
 
     Raises:
@@ -69,7 +69,8 @@ def split_shard(
     _check_outputs(shard, homes, outputs)
     with ExitStack() as stack:
         archives = {home: _Archive(url, stack) for home, url in outputs.items()}
-        tail = _Archive(tail_url(outputs["errored"]), stack)
+        errored = outputs["errored"]
+        tail = _Archive(None if errored is None else tail_url(errored), stack)
         split = _Split(archives, tail, homes)
         try:
             source = stack.enter_context(open_shard(shard.url))
@@ -96,7 +97,7 @@ def split_shard(
             problem=problem,
         )
     for archive in (*archives.values(), tail):
-        if not archive.bytes and storage.exists(archive.url):
+        if archive.url is not None and not archive.bytes and storage.exists(archive.url):
             storage.remove(archive.url)
     return result
 
@@ -143,7 +144,7 @@ class _Split:
 class _Archive:
     """An output file, opened when there is something to write."""
 
-    def __init__(self, url: str, stack: ExitStack) -> None:
+    def __init__(self, url: str | None, stack: ExitStack) -> None:
         self.url = url
         self._stack = stack
         self._file: BinaryIO | None = None
@@ -154,9 +155,10 @@ class _Archive:
         for piece in pieces:
             if not piece:
                 continue
-            if self._file is None:
+            if self._file is None and self.url is not None:
                 self._file = self._stack.enter_context(storage.open_write(self.url))
-            self._file.write(piece)
+            if self._file is not None:
+                self._file.write(piece)
             self._sha256.update(piece)
             self.bytes += len(piece)
 
@@ -223,12 +225,12 @@ def tail_url(errored: str) -> str:
     return errored.removesuffix(".tar") + ".tail"
 
 
-def _check_outputs(shard: Shard, homes: Sequence[str], outputs: Mapping[str, str]) -> None:
+def _check_outputs(shard: Shard, homes: Sequence[str], outputs: Mapping[str, str | None]) -> None:
     unknown = sorted((set(homes) | {"clean", "errored"}) - set(outputs))
     if unknown:
         raise UsageError(f"no output is given for the homes {unknown}; outputs are {sorted(outputs)}")
     source = storage.filesystem(shard.url)
-    for url in outputs.values():
+    for url in filter(None, outputs.values()):
         fs, path = storage.filesystem(url)
         if path == source[1] and type(fs) is type(source[0]):
             raise UsageError(f"the output {url} is the input shard itself; choose another output folder")

@@ -91,11 +91,11 @@ class PairReader:
                 with open_shard(shard.url) as source:
                     # A damaged shard gives the pairs before the damage; the receipt of its digest tells of it.
                     for sample in read_samples(source, self.read, ShardCounts()):
-                        key, _, _, _, image, caption, error = sample.finish(shard.name, self.read)
-                        if image is None or caption is None or error in NO_PAIR:
-                            skipped[error or "missing_image"] += 1
+                        fields = sample.finish(shard.name, self.read)
+                        if fields.image is None or fields.caption is None or fields.error in NO_PAIR:
+                            skipped[fields.error or "missing_image"] += 1
                             continue
-                        yield _Whole(image, caption, shard.name, key)
+                        yield _Whole(fields.image, fields.caption, shard.name, fields.key)
             except OSError:  # it cannot be opened, of which the receipt tells as well
                 continue
 

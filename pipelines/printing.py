@@ -57,6 +57,18 @@ def print_result(result: Any, console: Console) -> None:
         console.print(f"{name:12} {text}", highlight=False, markup=False, soft_wrap=True)
 
 
+def print_selection(selection: Any, console: Console) -> None:
+    """Say what was chosen, how pure it is, and where it is."""
+    chance = f"{selection.suspects_expected:g} in a random choice"
+    rows = {
+        "chosen": f"{selection.chosen:,} of {selection.of:,} sifted samples   {selection.shards or selection.listed}",
+        "suspects": f"{selection.suspects:,} among as many chosen by the sifter alone ({chance}); these are left out",
+        "purity": f"{selection.purity:.2%} before that, if suspects and no others are poisoned",
+    }
+    for name, text in rows.items():
+        console.print(f"{name:12} {text}", highlight=False, markup=False, soft_wrap=True)
+
+
 def print_audit(audit: Any, console: Console) -> None:
     """Say whether a dump is whole and, where it is not, what is wrong and where."""
     from tarsift.operators.audit import PROBLEMS

@@ -189,7 +189,9 @@ class SiftPasses:
         return {
             "problems": [[problem.name, list(problem.classes)] for problem in problems],
             "status": status,
-            "unrouted": counts.unrouted,
+            "samples": counts.samples.tolist(),
+            "suspects": int(counts.suspects[np.array(status) == SIFTED].sum()),
+            "suspect_cutoff": cut.score,
         }
 
     def _centers(self, classes: int) -> np.ndarray:

@@ -95,14 +95,20 @@ def beta(iteration: int, iterations: int, share: float) -> float:
 
 def _take_apart(given: LabelledSet, config: IsplConfig) -> Iterator[tuple[int, Float32[torch.Tensor, "n c"]]]:
     """Yield, for each set found, how many there are so far and all samples' logits by a model trained on it."""
+    for number, found in enumerate(compatible_sets(given, config), 1):
+        voter = given.fresh()
+        voter.fit(found, epochs=config.voter_epochs, draw=given.draw)
+        yield number, voter.judge(given.rows)
+
+
+def compatible_sets(given: LabelledSet, config: IsplConfig) -> Iterator[Int64[torch.Tensor, " s"]]:
+    """Yield sets of rows that predict themselves best, one after another from what is left."""
     active, total = given.rows, len(given.rows)
     for number in range(config.rounds):
         if len(active) <= max(config.fewest * total, given.classes):
             return
         found = _find_set(given, active, min(1.0, config.share * total / len(active)), config, first=number == 0)
-        voter = given.fresh()
-        voter.fit(found, epochs=config.voter_epochs, draw=given.draw)
-        yield number + 1, voter.judge(given.rows)
+        yield found
         left = torch.ones(total, dtype=torch.bool, device=active.device)
         left[found] = False
         active = active[left[active]]

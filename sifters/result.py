@@ -54,7 +54,7 @@ def clean_base_set(
     sizes = np.bincount(labels, minlength=classes)
     if not 0 <= count <= len(labels) - classes:
         raise ValueError(f"`count` must be at most {len(labels) - classes}, a sample less per class: got {count}.")
-    quota = _shares(sizes, count)
+    quota = quotas(sizes, count)
     chosen = []
     for label in range(classes):
         rows = np.flatnonzero(labels == label)
@@ -62,8 +62,11 @@ def clean_base_set(
     return np.sort(np.concatenate(chosen))
 
 
-def _shares(sizes: Int64[np.ndarray, " c"], count: int) -> Int64[np.ndarray, " c"]:
-    """Share `count` by size, with the largest remainders rounded up, leaving one sample of each class at least."""
+def quotas(sizes: Int64[np.ndarray, " c"], count: int) -> Int64[np.ndarray, " c"]:
+    """Share `count` among classes by their sizes, with the largest remainders rounded up.
+
+    One sample at least of each class is left; `count` is at most what there is then.
+    """
     exact = sizes * (count / max(1, sizes.sum()))
     quota = np.minimum(np.floor(exact).astype(np.int64), sizes - 1)
     for label in np.argsort(-(exact - quota), kind="stable"):

@@ -1,4 +1,4 @@
-"""The main job and what is asked of its result: clean, audit, verify, status, demo."""
+"""The main job and what is asked of its result: clean, audit, select, verify, status, demo."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ from tarsift.pipelines.printing import (
     print_demo,
     print_proof,
     print_result,
+    print_selection,
     print_status,
 )
 from tarsift.pipelines.progress import shown_progress
@@ -140,6 +141,22 @@ def audit(
     answer(found.to_json(), lambda console: print_audit(found, console), as_json=json_, quiet=quiet)
     if not found.whole:
         raise typer.Exit(EXIT_CODES["findings"])
+
+
+@commands.command(rich_help_panel=MAIN)
+def select(
+    out: OutFolder,
+    clean: Annotated[int, typer.Option("--clean", min=1, help="How many samples.", show_default=False)],
+    no_shards: Annotated[bool, typer.Option("--no-shards", help="Write only the list.")] = False,
+    json_: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Choose samples of a sifted dump that are surely clean, into OUT/selected."""
+    from tarsift.pipelines.select import select as recipe
+
+    with shown_progress(quiet) as progress:
+        found = recipe(out, clean, shards=not no_shards, progress=progress)
+    answer(found.to_json(), lambda console: print_selection(found, console), as_json=json_, quiet=quiet)
 
 
 @commands.command(rich_help_panel=MAIN)

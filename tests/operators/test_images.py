@@ -97,6 +97,7 @@ def rows(*images: bytes | None, errors: list[str | None] | None = None) -> pa.Ta
         "image_size": [None if image is None else len(image) for image in images],
         "image": list(images),
         "caption": [f"caption {i}" for i in range(n)],
+        "label": [None] * n,
         "error": errors or [None] * n,
     }
     return pa.table(columns, schema=SAMPLE_SCHEMA)

@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from tarsift.operators.router import CountClasses, RouteCaptions, RouteLabels, class_table
+from tarsift.operators.router import CountClasses, LowestPerClass, RouteCaptions, RouteLabels, class_table
 from tarsift.operators.schema import fixed_size_list
 from tarsift.sifters.problems import ClassRule
 
@@ -18,6 +18,31 @@ def test_a_caption_goes_to_the_nearest_class_whatever_its_length():
     assert routed["class"].to_pylist() == [1, 0, -1, -1, -1]
     assert routed.column_names == ["row", "class", "class_cosine"]
     assert routed["class_cosine"].to_pylist()[0] > 0.99
+
+
+def test_the_lowest_of_each_class_are_found_in_any_order_and_grouping():
+    rng = np.random.default_rng(0)
+    table = pa.table(
+        {
+            "shard": ["s"] * 90,
+            "row": pa.array(range(90), pa.int32()),
+            "uid": [str(i) for i in range(90)],
+            "class": pa.array(np.arange(90) % 3, pa.int32()),
+            "sift_rank": pa.array(rng.permutation(90) / 90, pa.float32(), mask=np.arange(90) > 80),
+            "suspicion": pa.array(rng.normal(size=90), pa.float32()),
+        }
+    )
+    fold = LowestPerClass(np.array([4, 0, 2]), key=b"")
+    whole = fold.finish(fold.add(fold.init(), table))
+    ranks = np.asarray(table["sift_rank"].fill_null(9).combine_chunks())
+    expected = sorted(
+        [*np.argsort(ranks + 9 * (np.arange(90) % 3 != 0))[:4], *np.argsort(ranks + 9 * (np.arange(90) % 3 != 2))[:2]]
+    )
+    assert whole["row"].to_pylist() == expected
+    parts = [fold.add(fold.init(), part) for part in (table.slice(50), table.slice(0, 20), table.slice(20, 30))]
+    assert fold.finish(fold.merge(fold.merge(parts[1], parts[0]), parts[2])).equals(whole)
+    trusted = LowestPerClass(np.array([4, 0, 2]), key=b"", cutoff=0.0)
+    assert max(trusted.finish(trusted.add(trusted.init(), table))["suspicion"].to_pylist()) < 0
 
 
 def test_a_label_is_a_class():

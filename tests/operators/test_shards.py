@@ -70,6 +70,7 @@ def test_rows_and_receipt(tmp_path: Path, name: str):
         "image_size": len(image),
         "image": image,
         "caption": "näh 1",
+        "label": None,
         "error": None,
     }
     assert data[2560 : 2560 + len(image)] == image
@@ -373,3 +374,23 @@ def test_real_shards():
             assert set(errors(rows)) == {None}
             image = io.BytesIO(fetch_member(shard, rows[-1]["image_offset"], rows[-1]["image_size"])).read()
             assert image == rows[-1]["image"]
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        (b"7", 7),
+        (b" 12\n", 12),
+        (b"0", 0),
+        (b"-1", None),
+        (b"cat", None),
+        (b"", None),
+        (b"9" * 30, None),
+        (b"99999999999", None),
+    ],
+)
+def test_a_class_is_a_whole_number_and_nothing_else(tmp_path: Path, text: bytes, label: int | None):
+    members = [*sample("0"), member("0.cls", text), *sample("1")]
+    rows, _ = read(put(tmp_path / "s.tar", archive(members)))
+    assert [row["label"] for row in rows] == [label, None]
+    assert errors(rows) == [None, None]

@@ -1,4 +1,4 @@
-"""Sifting inside the main job: each sample gets a verdict or a reason, whatever dies on the way, and always the same."""
+"""Sifting in the main job: each sample gets a verdict or a reason, whatever dies on the way, and always the same."""
 
 import io
 import json
@@ -16,6 +16,7 @@ from tarsift.pipelines import clean as recipe
 from tarsift.pipelines.clean import clean
 from tarsift.pipelines.config import load_config
 from tarsift.pipelines.run import reopen_run
+from tarsift.pipelines.select import select
 from tests.conftest import make_dump, make_encoder
 
 ROUTING = [
@@ -120,6 +121,36 @@ def test_features_are_embedded_with_diluted_views(made):
     schema = pq.read_schema(first)
     plain, views = schema.field("image_embedding").type.list_size, schema.field("view_embeddings").type.list_size
     assert views == 2 * plain
+
+
+def test_a_clean_base_set_is_made_of_the_lowest_ranks_and_its_samples_are_copied_whole(out, made):
+    found = select(str(out), 10)
+    assert found.chosen == 10
+    chosen = pq.read_table(found.listed).to_pylist()
+    known = {(row["shard"], row["row"]): row for row in samples(out)}
+    ranks = {}
+    for row in known.values():
+        if row["sift_rank"] is not None:
+            ranks.setdefault(row["class"], []).append(row["sift_rank"])
+    for row in chosen:
+        mine = known[row["shard"], row["row"]]
+        assert mine["sift_rank"] <= sorted(ranks[row["class"]])[4]  # two of each class, and the suspects
+    pictures = 0
+    for file in (out / "selected").glob("*.tar"):
+        with tarfile.open(file) as tar, tarfile.open(made / "dump" / file.name) as source:
+            for member in tar:
+                pictures += member.name.endswith(".jpg")
+                assert tar.extractfile(member).read() == source.extractfile(member.name).read()  # pyright: ignore
+    assert pictures == 10
+    fewer = select(str(out), 3, shards=False)
+    assert (fewer.shards, len(pq.read_table(fewer.listed))) == (None, 3)
+    assert not (out / "selected").exists()
+
+
+@pytest.mark.parametrize("count", [0, 13])
+def test_more_than_a_sifter_is_sure_of_is_not_chosen(out, count):
+    with pytest.raises(UsageError, match="can be chosen"):
+        select(str(out), count)
 
 
 def test_another_budget_changes_what_is_sifted(out):

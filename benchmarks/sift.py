@@ -1,0 +1,433 @@
+"""Do the sifters find clean samples, and is poison dropped? CIFAR-10 under attacks, on a CPU.
+
+Appends one JSON line per finished cell to `--results`; a cell that is there already (same settings, same code of
+sifters/ and of this file) is not run again.
+
+    python benchmarks/sift.py --data DATA --part tuning       # seeds of its own: choose settings here
+    python benchmarks/sift.py --data DATA --part meta-sift    # how clean is what is ranked cleanest?
+    python benchmarks/sift.py --data DATA --part sizes        # by size, number of sifters, with and without dilution
+    python benchmarks/sift.py --data DATA --part baselines    # every other method under the same protocol
+    python benchmarks/sift.py --data DATA --part ispl         # attack success after training on what ISPL keeps
+    python benchmarks/sift.py --table                         # what is there
+
+`--data` is the folder with `cifar10-train` and `cifar10-test` as WebDataset shards; a set is 10,000 pictures, or 5,000,
+other ones for every seed. Sifters train `small-cnn` on pictures or, where it says so, `head` on frozen features: those
+of a `small-cnn` that was trained on as many other pictures, under their true labels, and three diluted views.
+
+NCR = 100 * share of poison among what is picked / share of poison in the set: 0 is pure, 100 is random. Picked are the
+least suspicious of each class. `false` and `missed`: clean samples that are removed and poison that is not, removed
+being what a method does not keep, or the tenth that is most suspicious where it only ranks. `epochs`: how often the
+whole set was trained on, by all models together; a round of Meta-Sift counts once and costs about three plain steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import statistics
+import tarfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measuring import RESULTS, ROOT, Cells
+from PIL import Image
+from torch import nn
+
+from tarsift.sifters.attacks import ATTACKS, PoisonedSet, as_rate, ispl_partition, poison_set
+from tarsift.sifters.baselines import BASELINES, BaselineConfig, sift_by
+from tarsift.sifters.inputs import Pixels, as_inputs
+from tarsift.sifters.ispl import IsplConfig, ispl
+from tarsift.sifters.meta_sift import MetaSiftConfig, meta_sift
+from tarsift.sifters.result import SiftResult, clean_base_set
+from tarsift.sifters.training import FitConfig, LabelledSet, Learner
+
+SEEDS, TUNING_SEEDS = (1, 2, 3), (0, 5)
+SAMPLES, FEWER, TINY_SAMPLES = 10_000, 5_000, 150
+SHARES = {"badnets": 1 / 3, "targeted_flip": 1 / 6}  # of what bears the target's label afterwards: 5 % and 2 % of all
+CAT, DOG = 3, 5  # source and target of Meta-Sift's attacks
+SIZES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # of what is picked, as parts of the set
+SHOWN = (0.01, 0.02, 0.05)
+REMOVED = 0.1  # by methods that only rank
+SCENARIOS = (("dlbd_x", 0, 2, 1), ("dlbd_l", 1, 3, 2), ("dlbd_pixel", 3, 5, 3), ("dlbd_x", 7, 4, 4))  # and their seeds
+EPSILON = 0.1  # share of the source that is poisoned in these
+ISPL_ON_PICTURES = {"repeats": 1}  # a third of the published cost
+ABLATIONS: tuple[dict[str, Any], ...] = (  # of five sifters with dilution
+    {}, {"sifters": 3}, {"sifters": 1}, {"diluted": False}, {"sifters": 3, "diluted": False},
+    {"sifters": 1, "diluted": False},
+)  # fmt: skip
+FINAL_EPOCHS, WITNESS_EPOCHS, DILUTED_VIEWS = 20, 20, 3
+SHARDS_PER_SEED = 10
+TRIED: dict[str, tuple[dict[str, Any], ...]] = {
+    "meta_sift": ({}, {"epochs": 2}, {"rate": 3e-3}, {"weight_rate": 0.02}),
+    "diluted_loss": ({}, {"diluted_epochs": 4}),
+}
+TINY: dict[str, dict[str, Any]] = {
+    "meta_sift": {"batch_size": 4, "sifters": 2},
+    "ispl": {
+        "repeats": 1, "rounds": 2, "share": 0.4, "warmup_epochs": 1, "epochs": 1, "voter_epochs": 1, "self_rounds": 1,
+        "self_epochs": 1, "fit": {"batch_size": 16},
+    },
+    "baseline": {
+        "epochs": 1, "early_epochs": 1, "models": 1, "diluted_epochs": 1, "trims": 1, "inversion_steps": 2,
+        "fit": {"batch_size": 16},
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A poisoned set and what is done with it.
+
+    Attributes:
+        method: `meta_sift`, `ispl`, a name in BASELINES, or `none`: only the training at the end.
+        share: of what the attack's `rate_of` says.
+        witness_epochs: of the network whose features are sifted; 0: pictures are.
+        adaptive: poison is spread over the sets into which ISPL takes apart the clean set.
+        settings: of the method, as its config takes them.
+        final_epochs: of the model that is trained on what is kept, and of those it is compared with; 0: none is.
+    """
+
+    method: str
+    attack: str
+    share: float
+    seed: int
+    samples: int = SAMPLES
+    source: int = CAT
+    target: int = DOG
+    witness_epochs: int = 0
+    adaptive: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+    final_epochs: int = 0
+
+    @property
+    def needed(self) -> dict[str, Any]:
+        """Return the classes that the attack must be told."""
+        return {name: getattr(self, name) for name in ATTACKS[self.attack].needs}
+
+
+def protocol(method: str, seeds: tuple[int, ...], **options: Any) -> list[Cell]:
+    """Return the cells by which methods that rank are compared."""
+    return [Cell(method, attack, share, seed, **options) for seed in seeds for attack, share in SHARES.items()]
+
+
+def meta_sift_cells() -> list[Cell]:
+    out = []
+    for method in ("meta_sift", "diluted_loss"):
+        out += protocol(method, SEEDS)
+        out += protocol(method, SEEDS, samples=FEWER)
+        out += protocol(method, SEEDS, samples=FEWER, witness_epochs=WITNESS_EPOCHS)
+    return out
+
+
+def sizes_cells() -> list[Cell]:
+    share = SHARES["badnets"]
+    return [Cell("meta_sift", "badnets", share, seed, settings=chosen) for seed in SEEDS for chosen in ABLATIONS]
+
+
+def ispl_cells() -> list[Cell]:
+    out = []
+    for place, (attack, source, target, seed) in enumerate(SCENARIOS):
+        scenario = Cell("none", attack, EPSILON, seed, source=source, target=target, final_epochs=FINAL_EPOCHS)
+        on_features = replace(scenario, witness_epochs=WITNESS_EPOCHS)
+        out += [
+            scenario,
+            replace(scenario, method="ispl", settings=ISPL_ON_PICTURES),
+            replace(on_features, method="ispl"),
+        ]
+        if place == 0:
+            adaptive = replace(on_features, adaptive=True)
+            out += [adaptive, replace(adaptive, method="ispl")]
+    return out
+
+
+def tuning_cells() -> list[Cell]:
+    return [
+        cell
+        for method, tried in TRIED.items()
+        for settings in tried
+        for samples in (SAMPLES, FEWER)
+        for cell in protocol(method, TUNING_SEEDS, samples=samples, settings=settings)
+    ]
+
+
+PARTS = {
+    "tuning": tuning_cells,
+    "meta-sift": meta_sift_cells,
+    "sizes": sizes_cells,
+    "ispl": ispl_cells,
+    "baselines": lambda: [cell for method in BASELINES for cell in protocol(method, SEEDS)],
+}
+
+
+def tiny(cells: list[Cell]) -> list[Cell]:
+    """Return cells of the first seed that take seconds each."""
+    out: list[Cell] = []
+    for cell in cells:
+        kind = "ispl" if cell.adaptive else cell.method if cell.method in TINY else "baseline"
+        small = replace(
+            cell,
+            samples=TINY_SAMPLES,
+            settings=TINY[kind] | cell.settings if cell.method != "none" or cell.adaptive else {},
+            witness_epochs=min(1, cell.witness_epochs),
+            final_epochs=min(1, cell.final_epochs),
+        )
+        if cell.seed == cells[0].seed and small not in out:
+            out.append(small)
+    return out
+
+
+def read_pictures(shards: list[Path], most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first pictures (m, 32, 32, 3) uint8 of shards and their classes (m,)."""
+    pictures, labels = [], []
+    for shard in shards:
+        if len(labels) >= most:
+            break
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                content = tar.extractfile(member)
+                if content and member.name.endswith(".jpg"):
+                    pictures.append(np.asarray(Image.open(io.BytesIO(content.read())).convert("RGB")))
+                elif content and member.name.endswith(".cls"):
+                    labels.append(int(content.read()))
+    return np.stack(pictures[:most]), np.array(labels[:most], np.int64)
+
+
+def training_set(cell: Cell, data: Path, *, other: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Return the cell's pictures and classes; other: as many that are not among them, for the witness."""
+    shards = sorted((data / "cifar10-train").glob("*.tar.gz"))
+    first = (cell.seed + other) * SHARDS_PER_SEED
+    return read_pictures([shards[(first + i) % len(shards)] for i in range(SHARDS_PER_SEED)], cell.samples)
+
+
+def witness_of(cell: Cell, data: Path, cache: Path) -> nn.Module:
+    """Return the network whose features are sifted, trained once and kept."""
+    place = cache / f"witness-{code_digest()}-{cell.seed}-{cell.samples}-{cell.witness_epochs}.pt"
+    images, labels = training_set(cell, data, other=True)
+    given = LabelledSet(images, labels, network="small-cnn", fit=FitConfig(), seed=cell.seed, device="cpu")
+    learner = given.fresh()
+    if place.exists():
+        learner.net.load_state_dict(torch.load(place, weights_only=True))
+    else:
+        learner.fit(given.rows, epochs=cell.witness_epochs, draw=given.draw)
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = place.with_suffix(f".{os.getpid()}.pt")
+        torch.save(learner.net.state_dict(), temporary)
+        temporary.replace(place)
+    return learner.net.eval()
+
+
+def shown(cell: Cell, images: np.ndarray, data: Path, cache: Path) -> np.ndarray:
+    """Return what is sifted: the pictures, or features (views, n, d), the plain view first."""
+    if not cell.witness_epochs:
+        return images
+    encode = nn.Sequential(*list(witness_of(cell, data, cache).children())[:-1])
+    inputs, draw = as_inputs(images), torch.Generator().manual_seed(cell.seed)
+    rows = torch.arange(len(inputs)).split(500)
+    with torch.no_grad():
+        views = [torch.cat([encode(inputs.plain(part)) for part in rows])]
+        views += [torch.cat([encode(inputs.diluted(part, draw)) for part in rows]) for _ in range(DILUTED_VIEWS)]
+    return torch.stack(views).numpy()
+
+
+def poisoned(cell: Cell, data: Path, cache: Path) -> PoisonedSet:
+    """Return the cell's set."""
+    images, labels = training_set(cell, data)
+    rate = as_rate(cell.attack, cell.share, labels, **cell.needed)
+    strata = None
+    if cell.adaptive:
+        clean = shown(cell, images, data, cache)
+        strata = ispl_partition(clean, labels, config=IsplConfig(**cell.settings), seed=cell.seed)
+    return poison_set(images, labels, cell.attack, rate=rate, seed=cell.seed, strata=strata, **cell.needed)
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """Note how many samples each call of `Learner.fit` trains on, epochs included."""
+    counts: list[int] = []
+    fit = Learner.fit
+
+    def counting(self: Learner, rows: torch.Tensor, *, epochs: int, draw: torch.Generator) -> None:
+        counts.append(len(rows) * epochs)
+        fit(self, rows, epochs=epochs, draw=draw)
+
+    Learner.fit = counting
+    try:
+        yield counts
+    finally:
+        Learner.fit = fit
+
+
+def sift(cell: Cell, x: np.ndarray, labels: np.ndarray) -> tuple[SiftResult, float]:
+    """Return a method's verdict, and how many epochs it has trained."""
+    if cell.method == "meta_sift":
+        config, steps = MetaSiftConfig(**cell.settings), [0]
+        result = meta_sift(x, labels, config=config, seed=cell.seed, on_step=lambda step, _: steps.append(step))
+        return result, config.sifters * steps[-1] * min(config.batch_size, len(labels)) / len(labels)
+    with counted() as counts:
+        if cell.method == "ispl":
+            result = ispl(x, labels, config=IsplConfig(**cell.settings), seed=cell.seed)
+        else:
+            result = sift_by(cell.method, x, labels, config=BaselineConfig(**cell.settings), seed=cell.seed)
+    return result, sum(counts) / len(labels)
+
+
+def figures(result: SiftResult, made: PoisonedSet) -> dict[str, Any]:
+    """Measure a verdict: NCR by size, and mistakes."""
+    n, rate = len(made.poison), made.poison.mean()
+    picked = {size: clean_base_set(result.score, made.labels, round(size * n)) for size in SIZES}
+    removed = np.zeros(n, bool)
+    removed[np.argsort(-result.score, kind="stable")[: round(REMOVED * n)]] = True
+    if result.kept is not None:
+        removed = ~result.kept
+    return {
+        "ncr": {f"{size:g}": round(100 * made.poison[rows].mean() / rate, 2) for size, rows in picked.items()},
+        "false": int((removed & ~made.poison).sum()),
+        "missed": int((~removed & made.poison).sum()),
+    }
+
+
+def after_training(cell: Cell, made: PoisonedSet, kept: np.ndarray, data: Path) -> dict[str, float]:
+    """Train on the rows that are kept, for as many steps as on all, and measure accuracy and attack success.
+
+    An epoch goes through the rows in random order and begins anew until it has as many as the set; where nothing is
+    kept, nothing is learned.
+    """
+    given = LabelledSet(made.images, made.labels, network="small-cnn", fit=FitConfig(), seed=cell.seed, device="cpu")
+    learner, rows = given.fresh(), torch.from_numpy(np.flatnonzero(kept))
+    for _ in range(cell.final_epochs if len(rows) else 0):
+        order = rows[torch.randperm(len(rows), generator=given.draw)]
+        learner.fit(order[torch.arange(len(given.rows)) % len(order)], epochs=1, draw=given.draw)
+    images, labels = read_pictures(sorted((data / "cifar10-test").glob("*.tar.gz")), cell.samples)
+    assert made.trigger is not None
+    plain, triggered = (guesses(learner, pictures) for pictures in (images, made.trigger(images)))
+    return {
+        "accuracy": round(float((plain == labels).mean()), 4),
+        "success": round(made.success(triggered, labels), 4),
+        "success_without_trigger": round(made.success(plain, labels), 4),
+    }
+
+
+def guesses(learner: Learner, images: np.ndarray) -> np.ndarray:
+    """Return the class a learner takes each test picture for; it sees them scaled as its own."""
+    assert isinstance(learner.inputs, Pixels)
+    pictures = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    test = Learner(learner.net, replace(learner.inputs, pictures=pictures), learner.targets, learner.config)
+    return test.judge(torch.arange(len(images))).argmax(dim=1).numpy()
+
+
+def run_cell(job: tuple[Cell, Path, Path]) -> dict[str, Any]:
+    """Do one cell."""
+    cell, data, cache = job
+    torch.set_num_threads(1)
+    made = poisoned(cell, data, cache)
+    line: dict[str, Any] = {"cell": asdict(cell), "poisoned": int(made.poison.sum())}
+    kept = {"none": np.ones(len(made.poison), bool)}
+    if cell.method != "none":
+        x = shown(cell, made.images, data, cache)
+        wall, cpu = time.monotonic(), time.process_time()
+        result, epochs = sift(cell, x, made.labels)
+        line |= {"cpu_s": round(time.process_time() - cpu, 1), "wall_s": round(time.monotonic() - wall, 1)}
+        line |= {"epochs": round(epochs, 1), "facts": dict(result.facts), **figures(result, made)}
+        if result.kept is not None:
+            at_random = np.random.default_rng([cell.seed, 17]).permutation(result.kept)
+            kept = {cell.method: result.kept, "random": at_random}
+    if cell.final_epochs:
+        line["after"] = {name: after_training(cell, made, rows, data) for name, rows in kept.items()}
+    return line
+
+
+def code_digest() -> str:
+    """Return 12 hex digits of the code of the sifters and of this file."""
+    digest = hashlib.sha256()
+    for path in (*sorted((ROOT / "sifters").glob("*.py")), Path(__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def run(chosen: list[Cell], data: Path, cache: Path, results: Path, *, processes: int) -> None:
+    """Do what is not there yet, in several processes."""
+    done = Cells(results, code_digest())
+    jobs = [(cell, data, cache) for cell in chosen if not done.find(cell=asdict(cell))]
+    print(f"{len(jobs)} of {len(chosen)} cells to do", flush=True)
+    for line in done.run(run_cell, jobs, processes=processes):
+        print(f"{name_of(line['cell'])}, seed {line['cell']['seed']}: {row_of([line])}", flush=True)
+
+
+def name_of(cell: dict[str, Any]) -> str:
+    """Return what a cell is, but for its seed."""
+    what = f"{cell['method']:22} {cell['attack']:13} {cell['samples']:>6}"
+    sees = " features" if cell["witness_epochs"] else " pictures"
+    settings = "".join(f" {name}={value}" for name, value in cell["settings"].items())
+    return what + sees + (" adaptive" if cell["adaptive"] else "") + settings
+
+
+def row_of(lines: list[dict[str, Any]], sizes: tuple[float, ...] = SHOWN) -> str:
+    """Render the cells of several seeds: means, and the worst NCR in brackets."""
+    parts = []
+    if "ncr" in lines[0]:
+        for size in sizes:
+            found = [line["ncr"][f"{size:g}"] for line in lines]
+            parts.append(f"NCR {100 * size:g} %: {statistics.mean(found):5.1f} ({max(found):.1f})")
+        for name in ("false", "missed", "poisoned", "epochs", "cpu_s"):
+            parts.append(f"{name} {statistics.mean(line[name] for line in lines):.0f}")
+    for defence in lines[0].get("after", {}):
+        found = [line["after"][defence] for line in lines]
+        success, accuracy = (statistics.mean(f[name] for f in found) for name in ("success", "accuracy"))
+        parts.append(f"{defence}: success {success:.3f} accuracy {accuracy:.3f}")
+    return "  ".join(parts)
+
+
+def table(results: Path) -> None:
+    """Print every part: the latest line of each cell, whatever code it was run with."""
+    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    for part, cells in PARTS.items():
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for cell in map(asdict, cells()):
+            found = [line for line in lines if line["cell"] == cell]
+            name = name_of(cell) + (f" {cell['source']}->{cell['target']}" if part == "ispl" else "")
+            groups.setdefault(name, []).extend(found[-1:])
+        print(f"\n{part}")
+        for name, found in groups.items():
+            if found:
+                print(f"{name}, seeds: {len(found)}: {row_of(found, SIZES if part == 'sizes' else SHOWN)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=os.environ.get("TARSIFT_DATA"), help="folder of the corpora")
+    parser.add_argument("--cache", type=Path, default=ROOT / "scratch" / "sift", help="where witnesses are kept")
+    parser.add_argument("--results", type=Path, default=RESULTS / "sift.jsonl")
+    parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--method", nargs="*", help="of the part's cells only these")
+    parser.add_argument("--seed", type=int, nargs="*", help="of the part's cells only these")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="150 pictures: check that it runs; measures nothing")
+    options = parser.parse_args()
+    if options.part:
+        if options.data is None:
+            parser.error("--data, or TARSIFT_DATA in the environment, must name the folder of the corpora")
+        if options.tiny and options.results == parser.get_default("results"):
+            parser.error("--tiny measures nothing: give it --results of its own")
+        chosen = [
+            cell
+            for cell in PARTS[options.part]()
+            if (not options.method or cell.method in options.method) and (not options.seed or cell.seed in options.seed)
+        ]
+        chosen = tiny(chosen) if options.tiny else chosen
+        run(chosen, Path(options.data), options.cache, options.results, processes=options.processes)
+    if options.table:
+        table(options.results)
+
+
+if __name__ == "__main__":
+    main()
