@@ -38,20 +38,25 @@ from tarsift.clip_detect.suspicion import suspicion
 from tarsift.clip_detect.triggers import ATTACKS
 from tarsift.clip_detect.verdict import fit_verdict
 
-# Strengths that were tried on the ladder, the weakest first, and at which rate.
+# Strengths that are tried on the ladder, the weakest first, and at which rate.
 LADDER: dict[str, dict[str, tuple[float, ...]]] = {
     "cifar10": {"blend": (0.1, 0.2, 0.3), "sig": (0.1, 0.2, 0.3), "wanet": (0.06, 0.1, 0.15), "filter": (1, 1.5, 2)},
     "flickr8k": {"patch": (0.1, 0.2, 0.3), "blend": (0.2, 0.3), "sig": (0.2, 0.3), "wanet": (0.1,), "filter": (1, 2)},
     "digits": {"blend": (0.1, 0.2), "filter": (0.5, 1)},
 }
 LADDER_RATE = {"cifar10": 0.02, "flickr8k": 0.02, "digits": 0.003}
-# Of these the weakest that was learned (success of at least 0.9); a trigger that is not here has the published one.
+# Of these the weakest that is learned at the lowest rate that counts, or else nearly so; a trigger that is not here
+# has the published one. In Flickr8k neither the patch nor WaNet is learned at any strength.
 STRENGTHS: dict[str, dict[str, float]] = {
-    "cifar10": {"blend": 0.3, "sig": 0.3, "wanet": 0.03},
-    "flickr8k": {"blend": 0.3, "sig": 0.3, "wanet": 0.03},
-    "digits": {"blend": 0.3, "sig": 0.3, "wanet": 0.03},
+    "cifar10": {"blend": 0.3, "sig": 0.3, "wanet": 0.15, "filter": 2},
+    "flickr8k": {"blend": 0.3, "sig": 0.3, "filter": 2},
+    "digits": {"blend": 0.2, "filter": 1},
 }
 TRIGGERED = ("patch", "blend", "sig", "wanet", "filter", "multi-trigger", "multi-target")
+TRIED = {"cifar10": TRIGGERED, "flickr8k": ("blend", "sig", "filter"), "digits": ("patch", "blend", "filter")}
+RATES = {"cifar10": (0.01, 0.003, 0.03, 0.05), "flickr8k": (0.01, 0.03), "digits": (0.001, 0.003)}
+# What is learned late, or is several attacks at once, has rates of its own.
+HIGHER = {"wanet": (0.01, 0.03, 0.04, 0.05), "multi-trigger": (0.01, 0.03, 0.04, 0.05)}
 APART = ("patch-clean-label", "one-image", "mismatch", "campaign")
 TARGETS = ("kettle", "volcano", "lemon")  # of the seeds of the reporting part, one after the other
 IN_VOCABULARY = {"cifar10": "truck", "flickr8k": "dog", "digits": "three"}
@@ -76,14 +81,13 @@ def cells(part: str) -> list[Cell]:
             for strength in strengths
         ]
     seeds = PARTS[part]
-    rates = {"cifar10": (0.01, 0.003, 0.03, 0.05), "flickr8k": (0.01, 0.03), "digits": (0.001, 0.003)}
     out: list[Cell] = []
     for seed in seeds:
         target = "banana" if part == "tuning" else TARGETS[seeds.index(seed)]
         for corpus in ("cifar10", "flickr8k", "digits"):
-            attacks = TRIGGERED if corpus != "digits" else ("patch", "blend", "filter")
-            for attack in attacks:
-                out += [cell(corpus, attack, rate, seed, target) for rate in rates[corpus]]
+            for attack in TRIED[corpus]:
+                rates = HIGHER.get(attack, RATES[corpus]) if corpus == "cifar10" else RATES[corpus]
+                out += [cell(corpus, attack, rate, seed, target) for rate in rates]
             out.append(cell(corpus, None, 0.0, seed, target))
         out += [cell("cifar10", attack, 0.01, seed, in_vocabulary(attack, "cifar10", target)) for attack in APART]
         out.append(cell("cifar10", "patch", 0.01, seed, IN_VOCABULARY["cifar10"]))
@@ -182,8 +186,9 @@ def require_data(parser: argparse.ArgumentParser, options: argparse.Namespace) -
 
 
 def success_of(line: dict[str, Any]) -> float:
-    """Return the attack's success: of its parts the least."""
-    return min((part[0] for part in line.get("success", [])), default=0.0)
+    """Return the attack's success: the mean over its parts, since a poisoned picture carries one of them."""
+    parts = [part[0] for part in line.get("success", [])]
+    return sum(parts) / len(parts) if parts else 0.0
 
 
 def row_of(line: dict[str, Any]) -> str:

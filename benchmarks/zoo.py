@@ -54,16 +54,17 @@ MAKERS = (
 
 @dataclass(frozen=True)
 class Corpus:
-    """How a corpus is trained on, and which triggers its encoders can learn (see STRENGTHS in detect.py)."""
+    """How a corpus is trained on: as long as it takes to learn most triggers (see STRENGTHS in detect.py)."""
 
     epochs: int
     batch_size: int
+    witness_epochs: int
 
 
 CORPORA = {
-    "cifar10": Corpus(epochs=15, batch_size=64),
-    "flickr8k": Corpus(epochs=40, batch_size=64),
-    "digits": Corpus(epochs=5, batch_size=128),
+    "cifar10": Corpus(epochs=25, batch_size=64, witness_epochs=10),
+    "flickr8k": Corpus(epochs=60, batch_size=64, witness_epochs=40),
+    "digits": Corpus(epochs=5, batch_size=128, witness_epochs=20),
 }
 DIGITS = 50_000
 TEST_PICTURES = 1000
@@ -310,7 +311,7 @@ def read_losses(file: Path, names: Sequence[tuple[str, int]], keys: Sequence[str
 def witness_of(cell: Cell, source: Source, cache: Path) -> Path:
     """Return an encoder trained on pictures of the same kind, none of which is in the dump."""
     seed = cell.seed if cell.corpus != "cifar10" else int(cell.seed * 10 % 50 >= 10)  # its pictures serve many seeds
-    settings = Cell(cell.corpus, None, 0.0, 500 + seed, epochs=20)
+    settings = Cell(cell.corpus, None, 0.0, 500 + seed, epochs=CORPORA[cell.corpus].witness_epochs)
     cache.mkdir(parents=True, exist_ok=True)
     file = cache / f"witness-{settings.digest}.pt"
     if not file.exists():
