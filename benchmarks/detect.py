@@ -53,10 +53,18 @@ STRENGTHS: dict[str, dict[str, float]] = {
     "digits": {"blend": 0.2, "filter": 1},
 }
 TRIGGERED = ("patch", "blend", "sig", "wanet", "filter", "multi-trigger", "multi-target")
-TRIED = {"cifar10": TRIGGERED, "flickr8k": ("blend", "sig", "filter"), "digits": ("patch", "blend", "filter")}
-RATES = {"cifar10": (0.01, 0.003, 0.03, 0.05), "flickr8k": (0.01, 0.03), "digits": (0.001, 0.003)}
+TRIED: dict[str, tuple[str, ...]] = {
+    "cifar10": TRIGGERED,
+    "flickr8k": ("blend", "sig", "filter"),
+    "digits": ("patch", "blend", "filter"),
+}
+RATES: dict[str, tuple[float, ...]] = {
+    "cifar10": (0.01, 0.003, 0.03, 0.05),
+    "flickr8k": (0.01, 0.03),
+    "digits": (0.001, 0.003),
+}
 # What is learned late, or is several attacks at once, has rates of its own.
-HIGHER = {"wanet": (0.01, 0.03, 0.04, 0.05), "multi-trigger": (0.01, 0.03, 0.04, 0.05)}
+HIGHER: dict[str, tuple[float, ...]] = {"wanet": (0.01, 0.03, 0.04, 0.05), "multi-trigger": (0.01, 0.03, 0.04, 0.05)}
 APART = ("patch-clean-label", "one-image", "mismatch", "campaign")
 TARGETS = ("kettle", "volcano", "lemon")  # of the seeds of the reporting part, one after the other
 IN_VOCABULARY = {"cifar10": "truck", "flickr8k": "dog", "digits": "three"}
