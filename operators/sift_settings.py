@@ -6,6 +6,17 @@ from pydantic import BaseModel, Field
 
 from tarsift.sifters.settings import RoutingConfig, SifterConfig
 
+# What became of a sample, or of a class.
+SIFT_STATUS = {
+    "sifted": "judged by the sifter",
+    "unrouted": "its caption is like no class",
+    "too_small": "its class has one sample",
+    "mostly_duplicates": "most of its class are images that occur more than once: look at them yourself",
+    "mostly_suspects": "most of its class are suspects by density: a sifter would take them for what is normal there",
+    "over_budget": "other classes have more suspects, and the budget was spent on them",
+    "failed": "its problem failed, or its image could not be used",
+}
+
 
 class SiftConfig(BaseModel, frozen=True, extra="forbid"):
     """Settings of routing and sifting."""

@@ -153,11 +153,7 @@ def diluted_loss(given: LabelledSet, config: BaselineConfig) -> Float32[np.ndarr
     for _ in range(config.models):
         learner = given.fresh()
         learner.fit(given.rows, epochs=epochs, draw=given.draw)
-        with torch.no_grad():
-            for rows in given.rows.split(ROWS):
-                logits = learner.net.eval()(given.inputs.diluted(rows, given.draw))
-                losses = functional.cross_entropy(logits, given.targets[rows], reduction="none")
-                total[rows.cpu().numpy()] += losses.cpu().numpy()
+        total += learner.losses(given.rows, given.draw).cpu().numpy()
     return total / config.models
 
 

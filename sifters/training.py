@@ -19,10 +19,16 @@ ROWS = 1024  # judged at a time
 
 
 class Learner:
-    """A network and its optimiser: trained on some rows, it judges all."""
+    """A network and its optimiser: trained on some rows, it judges all.
+
+    On a GPU convolutions run in bfloat16 with channels last; losses, and what is judged by, are float32 everywhere.
+    """
 
     def __init__(self, net: nn.Module, inputs: Inputs, targets: Int64[torch.Tensor, " n"], config: FitConfig) -> None:
+        self.on_gpu = inputs.device.type == "cuda"
         self.net = net.to(inputs.device)
+        if self.on_gpu:
+            self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.inputs, self.targets, self.config = inputs, targets, config
         self.optimizer = torch.optim.SGD(
             net.parameters(), lr=config.rate, momentum=config.momentum, weight_decay=config.weight_decay
@@ -33,21 +39,34 @@ class Learner:
         self.net.train()
         for _ in range(epochs):
             for batch in batches_of(rows, self.config.batch_size, draw):
-                loss = functional.cross_entropy(self.net(self.inputs.augmented(batch, draw)), self.targets[batch])
+                logits = self(self.inputs.augmented(batch, draw))
+                loss = functional.cross_entropy(logits, self.targets[batch])
                 self.optimizer.zero_grad()
                 loss.backward()
                 self.optimizer.step()
 
+    def __call__(self, batch: Float32[torch.Tensor, "b ..."]) -> Float32[torch.Tensor, "b c"]:
+        """Return the logits of a batch, in the state in which the network is."""
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.on_gpu):
+            return self.net(batch).float()
+
     @torch.no_grad()
-    def judge(self, rows: Int64[torch.Tensor, " s"]) -> Float32[torch.Tensor, "s c"]:
-        """Return the logits of rows as they are."""
+    def judge(
+        self, rows: Int64[torch.Tensor, " s"], draw: torch.Generator | None = None
+    ) -> Float32[torch.Tensor, "s c"]:
+        """Return the logits of rows as they are, or of diluted copies drawn for them."""
         self.net.eval()
-        parts = [self.net(self.inputs.plain(part)) for part in rows.split(ROWS)]
+        parts = [
+            self(self.inputs.plain(part) if draw is None else self.inputs.diluted(part, draw))
+            for part in rows.split(ROWS)
+        ]
         return torch.cat(parts) if parts else torch.empty(0, 0, device=rows.device)
 
-    def losses(self, rows: Int64[torch.Tensor, " s"]) -> Float32[torch.Tensor, " s"]:
-        """Return the loss of each of the rows as they are."""
-        return functional.cross_entropy(self.judge(rows), self.targets[rows], reduction="none")
+    def losses(
+        self, rows: Int64[torch.Tensor, " s"], draw: torch.Generator | None = None
+    ) -> Float32[torch.Tensor, " s"]:
+        """Return the loss of each of the rows, as they are or diluted."""
+        return functional.cross_entropy(self.judge(rows, draw), self.targets[rows], reduction="none")
 
 
 class LabelledSet:

@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from tarsift.operators import storage
 from tarsift.operators.errors import REASONS, SHARD_PROBLEMS
+from tarsift.operators.grouped import read_groups
+from tarsift.operators.sift_settings import SIFT_STATUS
 from tarsift.pipelines.report.answers import HONESTY, TELLING_SHARE, answers, group_name
 from tarsift.pipelines.report.charts import columns_svg, histogram_svg
 from tarsift.pipelines.report.data import Evidence, ReportConfig, first_role, shards_of_run
@@ -18,6 +21,7 @@ from tarsift.pipelines.text import blanked, command
 
 ROWS_SHOWN = 5
 PROBLEMS_SHOWN = 100
+CLASSES_SHOWN = 10  # left out, and as many that were sifted
 SHARD_Z = 3.0  # a shard with so many standard deviations more flags than the dump is named
 
 SCORE_NOTES = {
@@ -25,6 +29,8 @@ SCORE_NOTES = {
     "multiscale_slof": "sparser than its neighbours, largest over several k",
     "multiscale_k_distance": "far from its k-th neighbour, largest over several k",
     "purified_slof": "sparser than its neighbours in a reference without the most suspicious",
+    "suspicion_sifted": "the default verdict, raised where the sifter confirms it",
+    "sift_rank": "rank in its class by the sifter",
     "density": "the two SLOF scores together, before smoothing",
     "clip_similarity": "cosine of image and caption; a measure, neither high nor low is a verdict",
     "k_distance": "distance to the k-th neighbour in the reference",
@@ -70,12 +76,38 @@ def page(
         "problems": _problems(run),
         "unread": sorted(evidence.unread.items()),
         "duplicates": _duplicates(evidence),
+        "sifting": _sifting(out, run),
         "encoders": _encoders(run, evidence),
         "reference": reference,
         "passes": [{"repeated_requests": 0, "name": name, **p} for name, p in (run.get("passes") or {}).items()],
         "stale": run.get("stale") or [],
         "config_text": yaml.safe_dump(run.get("config") or {}, sort_keys=False, width=100),
         "versions": run.get("versions") or {},
+    }
+
+
+def _sifting(out: str, run: dict[str, Any]) -> dict[str, Any] | None:
+    """What became of samples and classes; None where nothing was sifted."""
+    sift = run.get("sift")
+    if not sift:
+        return None
+    try:
+        classes = read_groups(storage.join(out, "sift", "classes.parquet")).to_pylist()
+    except (OSError, ValueError, KeyError):
+        classes = []
+    for row in classes:
+        row["share"] = row["suspects"] / max(1, row["samples"])
+    classes.sort(key=lambda row: (-row["share"], row["class"]))
+    statuses = [(name, n, SIFT_STATUS.get(name, "")) for name, n in sift.get("by_status", {}).items()]
+    left_out = [row for row in classes if row["status"] not in ("sifted", "over_budget")]
+    sifted = [row for row in classes if row["status"] == "sifted"]
+    return {
+        "sifter": sift.get("sifter", "?"),
+        "problems": sift.get("problems", 0),
+        "classes": len(classes),
+        "statuses": statuses,
+        "failed": sorted(sift.get("failed", {}).items()),
+        "rows": [*left_out[:CLASSES_SHOWN], *sifted[:CLASSES_SHOWN]],
     }
 
 

@@ -7,6 +7,7 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,6 +16,7 @@ from tarsift.operators.grouped import read_groups
 from tarsift.pipelines import clean as recipe
 from tarsift.pipelines.clean import clean
 from tarsift.pipelines.config import load_config
+from tarsift.pipelines.evaluate import evaluate
 from tarsift.pipelines.run import reopen_run
 from tarsift.pipelines.select import select
 from tests.conftest import make_dump, make_encoder
@@ -114,6 +116,22 @@ def test_flags_are_by_both_verdicts(made):
     for row in flagged:
         if row["home"] != "errored":
             assert row["flagged"] == (scores[row["shard"], row["row"]] >= cut)
+
+
+def test_the_report_says_what_became_of_samples_and_classes(made):
+    page = (made / "out" / "report.html").read_text()
+    assert 'id="classes"' in page
+    assert "judged by the sifter" in page
+    assert "a photo of a" in page.partition('id="classes"')[2]
+
+
+def test_scores_of_sifted_samples_are_evaluated_with_the_others(out, made):
+    rows = samples(out)[:12]
+    truth = pa.table({"shard": [r["shard"] for r in rows], "row": pa.array([r["row"] for r in rows], pa.int32())})
+    pq.write_table(truth, out.parent / "truth.parquet")
+    assert {"suspicion", "suspicion_sifted", "sift_rank"} <= evaluate(
+        str(out), f"{out.parent}/truth.parquet"
+    ).scores.keys()
 
 
 def test_features_are_embedded_with_diluted_views(made):

@@ -6,7 +6,7 @@ from sklearn.metrics import roc_auc_score
 from tarsift.sifters import ispl as module
 from tarsift.sifters.ispl import IsplConfig, beta, ispl, iterations_of, modal_vote
 from tarsift.sifters.training import LabelledSet, batches_of
-from tests.sifters.sets import planted
+from tests.sifters.sets import pictures, planted
 
 QUICK = IsplConfig(repeats=1, rounds=4, share=0.24, voter_epochs=20, self_rounds=6)
 
@@ -100,3 +100,16 @@ def test_a_tiny_set_is_sifted():
     labels[:2] = (0, 1)
     result = ispl(images, labels, config=QUICK)
     assert np.isfinite(result.score).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("network", ["small-cnn", "preact-resnet18"])
+def test_a_gpu_learns_as_well_as_a_cpu(network):
+    images, labels = pictures(600)
+    accuracy = {}
+    for device in ("cpu", "cuda"):
+        given = LabelledSet(images, labels, network=network, fit=QUICK.fit, seed=0, device=device)
+        learner = given.fresh()
+        learner.fit(given.rows, epochs=8, draw=given.draw)
+        accuracy[device] = float((learner.judge(given.rows).argmax(dim=1) == given.targets).float().mean())
+    assert accuracy["cuda"] > accuracy["cpu"] - 0.05
