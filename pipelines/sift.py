@@ -23,15 +23,13 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from tarsift.operators import storage
-from tarsift.operators.decoding import ImageConfig
 from tarsift.operators.errors import UsageError
 from tarsift.operators.flag import Judged
 from tarsift.operators.folds import Count, FetchRows, Highest, SmallestHashes
+from tarsift.operators.gather import Gather
 from tarsift.operators.grouped import read_groups, write_grouped
-from tarsift.operators.images import DecodeImages
 from tarsift.operators.router import CountClasses, RouteCaptions, RouteLabels, class_table
-from tarsift.operators.schema import append
-from tarsift.operators.shards import ReadConfig, ReadShard, Shard
+from tarsift.operators.shards import Shard
 from tarsift.operators.sift_settings import SiftConfig
 from tarsift.operators.sifter import SIFTED, JoinVerdicts, SiftProblem, choose_classes, largest_problem
 from tarsift.operators.storage import join
@@ -45,6 +43,7 @@ from tarsift.pipelines.ledger import Ledger
 from tarsift.pipelines.progress import Event, Listener
 from tarsift.pipelines.reading import shard_items, shards_of
 from tarsift.pipelines.session import map_tables
+from tarsift.pipelines.stopping import stop_if_asked
 from tarsift.pipelines.tasks import run_task, side_by_side
 from tarsift.sifters.problems import ClassRule, Problem, classes_by_caption, classes_by_name, make_problems
 
@@ -60,7 +59,6 @@ class SiftPasses:
 
     Args:
         role: whose embeddings are sifted, and route: an encoder that never saw the dump.
-        spec: of that encoder, by which names of classes are embedded.
         samples: rows of the dump.
     """
 
@@ -123,9 +121,9 @@ class SiftPasses:
         if route == "captions":
             wanted = max(2, round(self.samples / routing.class_size))
             captions = self._captions(min(MOST_CAPTIONS, max(CAPTIONS_PER_CLASS * wanted, 4096)))
-            rule = told(classes_by_caption, captions, self.samples, routing, seed=self.sift.seed)
+            rule = checked_task(classes_by_caption, captions, self.samples, routing, seed=self.sift.seed)
         else:
-            rule = told(_rule_of_names, route, self.config.encoders[self.role].spec, routing)
+            rule = checked_task(_rule_of_names, route, self.config.encoders[self.role].spec, routing)
         save_arrays(self.folder("classes.npz"), {"centers": rule.centers}, {"least": rule.least})
         return {"classes": len(rule.centers)}
 
@@ -182,7 +180,7 @@ class SiftPasses:
         write_grouped(self.folder("classes.parquet"), class_table(counts, status), "status")
         left_out = [label for label, said in enumerate(status) if said != SIFTED]
         centers = self._centers(classes)
-        problems = told(
+        problems = checked_task(
             make_problems, centers, counts.samples, self.sift.routing, seed=self.sift.seed, leave_out=left_out
         )
         self._check_memory(problems, counts.samples)
@@ -226,6 +224,7 @@ class SiftPasses:
         self.progress(Event("gather", len(entries), len(self.shards)))
         for shard, (result,) in side_by_side(_gather_one, calls):
             entries[shard.name] = ledger.commit(shard.name, {"rows": ray.get(result)})
+            stop_if_asked()
             self.progress(Event("gather", len(entries), len(self.shards)))
         self.progress(Event("gather", len(entries), len(self.shards), finished=True))
 
@@ -255,6 +254,7 @@ class SiftPasses:
                 entries[problem.name] = ledger.commit(problem.name, ray.get(result))
             except (RayTaskError, RayError) as error:
                 failed[problem.name] = reason_of(error)
+            stop_if_asked()
             told()
         told(finished=True)
         if not failed:
@@ -283,43 +283,7 @@ class SiftPasses:
         self._each("sift", "sift/samples", _join_rows, arguments)
 
 
-@dataclass(frozen=True)
-class Gather:
-    """Job: the features, or the pictures, of one shard's samples in the wanted classes, grouped by class."""
-
-    embeddings: str
-    routes: str
-    out: str
-    classes: tuple[int, ...]
-    sift: SiftConfig
-    read: ReadConfig
-    images: ImageConfig
-
-    def __call__(self, shard: Shard) -> int:
-        source = self._features(shard) if self.sift.method.on_features else self._pictures(shard)
-        parts = [part.filter(self._wanted(part)) for part in source]
-        table = pa.concat_tables(parts)
-        write_grouped(join(self.out, f"{shard.name}.parquet"), table, "class")
-        return len(table)
-
-    def _wanted(self, table: pa.Table) -> pa.Array:
-        column = "image_embedding" if self.sift.method.on_features else "pixels"
-        usable = np.asarray(table[column].is_valid())
-        return pa.array(usable & np.isin(np.asarray(table["class"].combine_chunks()), self.classes))
-
-    def _features(self, shard: Shard) -> Iterator[pa.Table]:
-        features = ("shard", "row", "image_embedding", "view_embeddings")
-        yield from ReadStored([Stored(self.embeddings, features), Stored(self.routes, ("class",))])(shard.name)
-
-    def _pictures(self, shard: Shard) -> Iterator[pa.Table]:
-        routes = pa.concat_tables(ReadStored([Stored(self.routes, ("class",))])(shard.name))["class"]
-        decode = DecodeImages(self.sift.picture_size, config=self.images, isolated=True)
-        for table in ReadShard(self.read)(shard):
-            pictures = decode(table).select(["shard", "row", "pixels"])
-            yield append(pictures, {"class": routes.take(pictures["row"]).combine_chunks()})
-
-
-def told(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+def checked_task(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """Call a function in a Ray task; what it finds wrong with its arguments is a `UsageError`."""
     try:
         return run_task(function, *arguments, **named)
