@@ -40,15 +40,18 @@ from tarsift.clip_detect.verdict import fit_verdict
 
 # Strengths that are tried on the ladder, the weakest first, and at which rate.
 LADDER: dict[str, dict[str, tuple[float, ...]]] = {
-    "cifar10": {"blend": (0.1, 0.2, 0.3), "sig": (0.1, 0.2, 0.3), "wanet": (0.06, 0.1, 0.15), "filter": (1, 1.5, 2)},
+    "cifar10": {
+        "patch": (0.1, 0.2), "blend": (0.1, 0.2, 0.3), "sig": (0.1, 0.2, 0.3), "wanet": (0.06, 0.1, 0.15),
+        "filter": (1, 1.5, 2),
+    },
     "flickr8k": {"patch": (0.1, 0.2, 0.3), "blend": (0.2, 0.3), "sig": (0.2, 0.3), "wanet": (0.1,), "filter": (1, 2)},
     "digits": {"blend": (0.1, 0.2), "filter": (0.5, 1)},
-}
+}  # fmt: skip
 LADDER_RATE = {"cifar10": 0.02, "flickr8k": 0.02, "digits": 0.003}
 # Of these the weakest that is learned at the lowest rate that counts, or else nearly so; a trigger that is not here
 # has the published one. In Flickr8k neither the patch nor WaNet is learned at any strength.
 STRENGTHS: dict[str, dict[str, float]] = {
-    "cifar10": {"blend": 0.3, "sig": 0.3, "wanet": 0.15, "filter": 2},
+    "cifar10": {"patch": 0.2, "blend": 0.3, "sig": 0.3, "wanet": 0.15, "filter": 2},
     "flickr8k": {"blend": 0.3, "sig": 0.3, "filter": 2},
     "digits": {"blend": 0.2, "filter": 1},
 }
