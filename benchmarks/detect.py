@@ -51,7 +51,7 @@ LADDER_RATE = {"cifar10": 0.02, "flickr8k": 0.02, "digits": 0.003}
 # Of these the weakest that is learned at the lowest rate that counts, or else nearly so; a trigger that is not here
 # has the published one. In Flickr8k neither the patch nor WaNet is learned at any strength.
 STRENGTHS: dict[str, dict[str, float]] = {
-    "cifar10": {"patch": 0.2, "blend": 0.3, "sig": 0.3, "wanet": 0.15, "filter": 2},
+    "cifar10": {"blend": 0.3, "sig": 0.3, "wanet": 0.15, "filter": 2},
     "flickr8k": {"blend": 0.3, "sig": 0.3, "filter": 2},
     "digits": {"blend": 0.2, "filter": 1},
 }
@@ -62,12 +62,8 @@ TRIED: dict[str, tuple[str, ...]] = {
     "digits": ("patch", "blend", "filter"),
 }
 RATES: dict[str, tuple[float, ...]] = {
-    "cifar10": (0.01, 0.003, 0.03, 0.05),
-    "flickr8k": (0.01, 0.03),
-    "digits": (0.001, 0.003),
-}
-# What is learned late, or is several attacks at once, has rates of its own.
-HIGHER: dict[str, tuple[float, ...]] = {"wanet": (0.01, 0.03, 0.04, 0.05), "multi-trigger": (0.01, 0.03, 0.04, 0.05)}
+    "cifar10": (0.01, 0.02, 0.03, 0.05), "flickr8k": (0.01, 0.03), "digits": (0.001, 0.003)
+}  # fmt: skip
 APART = ("patch-clean-label", "one-image", "mismatch", "campaign")
 TARGETS = ("kettle", "volcano", "lemon")  # of the seeds of the reporting part, one after the other
 IN_VOCABULARY = {"cifar10": "truck", "flickr8k": "dog", "digits": "three"}
@@ -97,8 +93,7 @@ def cells(part: str) -> list[Cell]:
         target = "banana" if part == "tuning" else TARGETS[seeds.index(seed)]
         for corpus in ("cifar10", "flickr8k", "digits"):
             for attack in TRIED[corpus]:
-                rates = HIGHER.get(attack, RATES[corpus]) if corpus == "cifar10" else RATES[corpus]
-                out += [cell(corpus, attack, rate, seed, target) for rate in rates]
+                out += [cell(corpus, attack, rate, seed, target) for rate in RATES[corpus]]
             out.append(cell(corpus, None, 0.0, seed, target))
         out += [cell("cifar10", attack, 0.01, seed, in_vocabulary(attack, "cifar10", target)) for attack in APART]
         out.append(cell("cifar10", "patch", 0.01, seed, IN_VOCABULARY["cifar10"]))
