@@ -11,8 +11,8 @@ averages the result over each image's neighbours among the suspects.
 3. density S = z(P) + 2 z(sl).
 4. Enriched reference: the top `pool_fraction` by S and as many others; s_m = mean of S over x and its m nearest
    there; suspicion_image F = max(z(S), max_m z(s_m)).
-5. Where captions are embedded too, c is the caption excess (see `agreement`), and suspicion = F (1 + max(0, c))
-   for F > 0; elsewhere suspicion = F.
+5. Where captions are embedded too, c is the caption excess (see `agreement`) over candidates that are not in the top
+   `purge_fraction` by F, and suspicion = F (1 + max(0, z(c)) / 4) for F > 0; elsewhere suspicion = F.
 6. Where a second encoder, the witness, has embedded the images too, neighbor_disagreement says whether the nearest in
    the enriched reference are less alike to it than they should be (see `disagreement`). `verdict` adds it.
 
@@ -54,6 +54,7 @@ __all__ = [
     "suspicion",
 ]
 
+CAPTION_WEIGHT = 0.25  # of the standardised caption excess
 _ROWS = 4096  # scored at a time
 
 
@@ -81,6 +82,7 @@ class SmoothingRule:
     neighbors: tuple[int, ...]  # the m of `SuspicionConfig.smoothing` that are smaller than the reference
     density_scale: Float64[np.ndarray, " 2"]
     smooth_scale: Float64[np.ndarray, "m 2"]
+    excess_scale: Float64[np.ndarray, " 2"]  # 0 and 1 without captions
     excess: CaptionExcess | None = None
     suspect_neighbors: int = 8
     disagreement: Disagreement | None = None
@@ -114,9 +116,7 @@ class SmoothingRule:
             found = self._near(x, own, search)
             near = found.indices
             smooth = self._smooth(density[part], near)
-            own_z = robust_z(density[part], self.density_scale[0], self.density_scale[1])
-            around = robust_z(smooth, self.smooth_scale[:, 0], self.smooth_scale[:, 1]).max(axis=1)
-            image = np.maximum(own_z, around)
+            image = self._image(density[part], smooth)
             columns = {"suspicion_image": image}
             if self.excess is None or captions is None:
                 columns["suspicion"] = image
@@ -125,7 +125,8 @@ class SmoothingRule:
                     x, own, unit_norm(captions[part]), near[:, : self.suspect_neighbors], **search
                 )
                 columns["caption_excess"] = excess
-                columns["suspicion"] = image + np.maximum(image, 0) * np.maximum(excess, 0)
+                confirmed = np.maximum(robust_z(excess, *self.excess_scale), 0)
+                columns["suspicion"] = image + np.maximum(image, 0) * CAPTION_WEIGHT * confirmed
             if self.disagreement is not None and witness is not None:
                 columns["neighbor_disagreement"] = self.disagreement.score(unit_norm(witness[part]), found)
             parts.append(columns)
@@ -133,6 +134,12 @@ class SmoothingRule:
 
     def _near(self, x: np.ndarray, ids: np.ndarray, search: Mapping[str, Any]) -> Neighbors:
         return knn(x, self.embeddings, self.neighbors[-1], query_ids=ids, reference_ids=self.ids, **search)
+
+    def _image(self, density: np.ndarray, smooth: Float64[np.ndarray, "n k"]) -> Float64[np.ndarray, " n"]:
+        """Return the score of images alone, by their own density and the means around them."""
+        own = robust_z(density, self.density_scale[0], self.density_scale[1])
+        around = robust_z(smooth, self.smooth_scale[:, 0], self.smooth_scale[:, 1]).max(axis=1)
+        return np.maximum(own, around)
 
     def _smooth(self, density: np.ndarray, near: Int64[np.ndarray, "n m"]) -> Float64[np.ndarray, "n k"]:
         """Mean density of each image and its m nearest in the enriched reference, for every m of `neighbors`."""
@@ -149,12 +156,12 @@ class SmoothingRule:
             arrays |= {f"disagreement.{name}": array for name, array in self.disagreement.to_arrays().items()}
         settings = {"neighbors": [*self.neighbors], "suspect_neighbors": self.suspect_neighbors}
         fitted = {"captions": self.excess is not None, "witness": self.disagreement is not None}
-        return arrays, {"rule": "smoothing-3", **settings, **fitted}
+        return arrays, {"rule": "smoothing-4", **settings, **fitted}
 
     @classmethod
     def from_state(cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> SmoothingRule:
         """Rebuild a rule from `state`, bit for bit."""
-        check_rule(settings, "smoothing-3")
+        check_rule(settings, "smoothing-4")
         return cls(
             neighbors=tuple(settings["neighbors"]),
             suspect_neighbors=settings["suspect_neighbors"],
@@ -164,7 +171,7 @@ class SmoothingRule:
         )
 
 
-_ARRAYS = ("embeddings", "ids", "density", "density_scale", "smooth_scale")
+_ARRAYS = ("embeddings", "ids", "density", "density_scale", "smooth_scale", "excess_scale")
 
 
 def draw_pool(
@@ -218,30 +225,38 @@ def fit_smoothing(
         neighbors=ms,
         density_scale=median_mad(candidates.density),
         smooth_scale=np.zeros((len(ms), 2)),
+        excess_scale=np.array([0.0, 1.0]),
         suspect_neighbors=min(config.suspect_neighbors, ms[-1]),
     )
     search = {"backend": backend, "threads": threads, "device": device}
-    near = unscaled._near(unit_norm(candidates.embeddings), candidates.ids.astype(np.uint64), search)
+    x, ids = unit_norm(candidates.embeddings), candidates.ids.astype(np.uint64)
+    near = unscaled._near(x, ids, search)
     smooth = unscaled._smooth(candidates.density, near.indices)
-    excess = None
-    if pool.captions is not None and rest.captions is not None:
+    rule = replace(unscaled, smooth_scale=median_mad(smooth))
+    if pool.captions is not None and rest.captions is not None and candidates.captions is not None:
         suspects = unit_norm(np.concatenate([pool.captions[in_pool], rest.captions[in_rest]]))
-        excess = _fit_excess(suspects, candidates, config)
+        excess = _fit_excess(suspects, candidates, rule._image(candidates.density, smooth), config)
+        if excess is not None:
+            nearest = near.indices[:, : rule.suspect_neighbors]
+            found = excess.score(x, ids, unit_norm(candidates.captions), nearest, **search)
+            rule = replace(rule, excess=excess, excess_scale=median_mad(found))
     disagreement = None
     if pool.witness is not None and rest.witness is not None and candidates.witness is not None:
         seen = unit_norm(np.concatenate([pool.witness[in_pool], rest.witness[in_rest]]))
         among = unscaled._near(unscaled.embeddings, unscaled.ids, search)
         disagreement = Disagreement.fit(seen, among, unit_norm(candidates.witness), near)
-    return replace(unscaled, smooth_scale=median_mad(smooth), excess=excess, disagreement=disagreement)
+    return replace(rule, disagreement=disagreement)
 
 
 def _fit_excess(
-    suspects: Float32[np.ndarray, "E d"], candidates: ScoredRows, config: SuspicionConfig
+    suspects: Float32[np.ndarray, "E d"],
+    candidates: ScoredRows,
+    image: Float64[np.ndarray, " n"],
+    config: SuspicionConfig,
 ) -> CaptionExcess | None:
-    """Draw the clean samples: candidates that are not among the densest suspects; None if they are too few."""
-    if candidates.captions is None:
-        return None
-    order = np.lexsort((candidates.hashes, candidates.density))
+    """Draw the clean samples, from candidates that are not among the most suspicious images; None if too few are."""
+    assert candidates.captions is not None
+    order = np.lexsort((candidates.hashes, image))
     keep = order[: len(order) - int(config.purge_fraction * len(order))]
     drawn = keep[smallest(resalt(candidates.hashes[keep], "captions"), config.reference_size)]
     if len(drawn) <= config.clean_neighbors:

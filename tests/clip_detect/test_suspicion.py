@@ -14,6 +14,7 @@ from tarsift.clip_detect.suspicion import (
     ScoredRows,
     SmoothingRule,
     SuspicionConfig,
+    _fit_excess,
     content_ids,
     draw_pool,
     fit_density,
@@ -134,7 +135,7 @@ def test_rules_survive_files_bit_for_bit(tmp_path):
         smoothing.score(x, ids, before["density"])
     with pytest.raises(ValueError, match="`witness` is needed where the rule was fitted with it"):
         smoothing.score(x, ids, before["density"], said)
-    with pytest.raises(ValueError, match="not a rule of kind 'smoothing-3': got 'density-1'"):
+    with pytest.raises(ValueError, match="not a rule of kind 'smoothing-4': got 'density-1'"):
         SmoothingRule.from_state(*density_rule.state())
 
 
@@ -233,9 +234,21 @@ def test_captions_that_agree_confirm_a_suspicion():
     assert excess[poison].min() > 0.5
     assert abs(np.median(excess[~poison])) < 0.1
     assert excess[np.flatnonzero(~poison)[0]] == 0
-    wanted = np.where(image > 0, image * (1 + np.maximum(excess, 0)), image)
-    np.testing.assert_allclose(columns["suspicion"], wanted, rtol=1e-5, atol=1e-6)
+    middle = np.median(excess)  # of all, since all are candidates
+    standardised = (excess - middle) / (1.4826 * np.median(np.abs(excess - middle)))
+    wanted = np.where(image > 0, image * (1 + np.maximum(standardised, 0) / 4), image)
+    np.testing.assert_allclose(columns["suspicion"], wanted, rtol=1e-4, atol=1e-5)
     assert suspicion(x, config=SMALL)["suspicion"].tobytes() == columns["suspicion_image"].tobytes()
+
+
+def test_clean_captions_are_those_of_images_that_are_not_suspicious_whatever_their_density():
+    rng = np.random.default_rng(0)
+    ids, density = np.arange(100, dtype=np.uint64), rng.normal(size=100).astype(np.float32)
+    image = rng.permutation(100).astype(float)
+    rows = ScoredRows(rng.normal(size=(100, 4)), ids, ids, density, captions=rng.normal(size=(100, 4)))
+    rule = _fit_excess(np.zeros((1, 4), np.float32), rows, image, SuspicionConfig(purge_fraction=0.2))
+    assert rule is not None
+    assert sorted(rule.ids.tolist()) == np.flatnonzero(image < 80).tolist()
 
 
 def test_excess_is_the_mean_cosine_with_suspect_neighbours_less_that_with_clean_ones():
