@@ -86,6 +86,18 @@ def test_the_passes_one_by_one(store, folder):
     assert sum(figures["repeated_requests"] for figures in run_json["passes"].values()) > 0
 
 
+def test_sift_and_select(store, folder):
+    make_encoder(folder / "features.pt", seed=1)
+    small = ["sift.routing.class_size=30", "sift.routing.smallest=8", "sift.most_duplicates=1"]
+    settings = [argument for setting in small for argument in ("--set", setting)]
+    said = run(store, "sift", OUT, "--encoder", f"features={folder / 'features.pt'}", *settings)
+    assert "of 180 samples sifted" in said
+    assert "failed" not in said
+    assert "chosen       5 of" in run(store, "select", OUT, "--clean", "5")
+    assert files_of(store).find("bucket/out/selected")
+    assert not files_of(store).exists("bucket/out/sift/.gathered")
+
+
 def test_verify(store):
     said = run(store, "verify", OUT)
     assert "holds: 3 shards" in said
