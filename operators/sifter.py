@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,10 @@ from tarsift.operators import storage
 from tarsift.operators.grouped import read_groups, write_grouped
 from tarsift.operators.schema import append, matrix
 from tarsift.operators.sift_settings import SiftConfig
-from tarsift.sifters.methods import sift
+from tarsift.sifters.methods import RESUMABLE, sift
 from tarsift.sifters.problems import UNROUTED, Problem
 
+CHECKPOINTS = ".checkpoints"
 SIFTED, FAILED = "sifted", "failed"
 VERDICT_SCHEMA = pa.schema(
     [
@@ -39,6 +41,7 @@ class SiftProblem:
         gathered: folder of `<shard>.parquet` with shard, row, class and features or pixels, grouped by class.
         shards: names of all shards.
         out: folder of `<problem>.parquet` with `VERDICT_SCHEMA`, grouped by shard.
+        fingerprint: of all that the verdicts depend on; what was begun under another one is not gone on with.
     """
 
     gathered: str
@@ -46,6 +49,7 @@ class SiftProblem:
     out: str
     config: SiftConfig
     device: str = "cpu"
+    fingerprint: str = ""
 
     def __call__(self, problem: Problem) -> dict[str, Any]:
         """Return how many samples were judged, and what the sifter says of the whole.
@@ -57,7 +61,11 @@ class SiftProblem:
         table = pa.concat_tables(read_groups(file, problem.classes) for file in files)
         labels = np.asarray(table["class"].combine_chunks(), np.int64)
         seed = problem_seed(problem, self.config.seed)
-        result = sift(samples_of(table), labels, self.config.method, seed=seed, device=self.device)
+        checkpoint = storage.join(self.out, CHECKPOINTS, f"{problem.name}-{self.fingerprint}.npz")
+        resuming: dict[str, Any] = {}
+        if self.config.method.sifter in RESUMABLE:
+            resuming = {"state": load_state(checkpoint), "save": lambda state: save_state(checkpoint, state)}
+        result = sift(samples_of(table), labels, self.config.method, seed=seed, device=self.device, **resuming)
         kept = pa.nulls(len(table), pa.bool_()) if result.kept is None else pa.array(result.kept)
         verdicts = table.select(["shard", "row", "class"])
         verdicts = append(
@@ -71,7 +79,24 @@ class SiftProblem:
         )
         url = storage.join(self.out, f"{problem.name}.parquet")
         write_grouped(url, verdicts.select(VERDICT_SCHEMA.names).cast(VERDICT_SCHEMA), "shard")
+        if resuming:
+            storage.remove(checkpoint)
         return {"rows": len(table), "classes": len(problem.classes), "facts": dict(result.facts)}
+
+
+def save_state(url: str, state: dict[str, np.ndarray]) -> None:
+    """Keep what a sifter is to go on from."""
+    sink = io.BytesIO()
+    np.savez(sink, **state)  # pyright: ignore[reportArgumentType]
+    storage.put_bytes(url, sink.getvalue())
+
+
+def load_state(url: str) -> dict[str, np.ndarray] | None:
+    """Return what `save_state` kept; None where there is nothing."""
+    if not storage.exists(url):
+        return None
+    with np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
 
 
 def problem_seed(problem: Problem, seed: int) -> int:

@@ -31,7 +31,7 @@ from tarsift.operators.grouped import read_groups, write_grouped
 from tarsift.operators.router import CountClasses, RouteCaptions, RouteLabels, class_table
 from tarsift.operators.shards import Shard
 from tarsift.operators.sift_settings import SiftConfig
-from tarsift.operators.sifter import SIFTED, JoinVerdicts, SiftProblem, choose_classes, largest_problem
+from tarsift.operators.sifter import CHECKPOINTS, SIFTED, JoinVerdicts, SiftProblem, choose_classes, largest_problem
 from tarsift.operators.storage import join
 from tarsift.operators.stored import ReadStored, Stored
 from tarsift.pipelines.commit import run_pass, run_whole
@@ -240,7 +240,8 @@ class SiftPasses:
             storage.remove_tree(join(self.out, "ledger", "sift"))  # samples are to be told of more verdicts
         gpus = self._gpus()
         names, out = tuple(self.names), self.folder("problems")
-        job = ray.put(SiftProblem(self.folder(".gathered"), names, out, self.sift, "cuda" if gpus else "cpu"))
+        device = "cuda" if gpus else "cpu"
+        job = ray.put(SiftProblem(self.folder(".gathered"), names, out, self.sift, device, self.fingerprint))
         calls = ((problem, (job, problem)) for problem in waiting)
         options = {"num_gpus": gpus, "at_once": self.config.resources.workers, "timeout_s": PROBLEM_TIMEOUT_S}
 
@@ -258,7 +259,8 @@ class SiftPasses:
             told()
         told(finished=True)
         if not failed:
-            storage.remove_tree(self.folder(".gathered"))
+            for folder in (self.folder(".gathered"), join(out, CHECKPOINTS)):
+                storage.remove_tree(folder)
         rows = sum(entry["rows"] for entry in entries.values())
         elapsed = round(time.monotonic() - start, 3)
         figures = {"shards": len(self.shards), "samples": rows, "problems": len(entries), "elapsed_s": elapsed}

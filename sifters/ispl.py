@@ -24,6 +24,8 @@ from tarsift.sifters.result import SiftResult
 from tarsift.sifters.settings import IsplConfig
 from tarsift.sifters.training import LabelledSet
 
+State = dict[str, np.ndarray]  # of a search that is under way, to go on from
+
 
 def ispl(
     images: np.ndarray,
@@ -33,11 +35,15 @@ def ispl(
     seed: int = 0,
     device: str | torch.device = "cpu",
     on_step: Callable[[int, int], None] = lambda step, steps: None,
+    state: State | None = None,
+    save: Callable[[State], None] = lambda state: None,
 ) -> SiftResult:
     """Sift a labelled set by compatibility.
 
     images: pictures uint8 (n, h, w, 3), or features (n, d) or (views, n, d), the plain view first. labels: given
-    classes, 0 and up. on_step: told the models trained and how many there will be at most.
+    classes, 0 and up. on_step: told the models trained and how many there will be at most. save: given what there is
+    after each voter; state: the last of these, of a run with the same arguments that was broken off. On a CPU the
+    result is the same, bit for bit, as that of a run that was not.
 
     Returns a result with `kept`, and `score` 0 to 1: how little the models agree with the label, by self-training and,
     where that says the same, by votes. `details`: `votes`, the share of voters that give the label, and `agreement`,
@@ -50,13 +56,12 @@ def ispl(
     given = LabelledSet(images, labels, network=config.network, fit=config.fit, seed=seed, device=device)
     labels, classes = given.labels, given.classes
     models = config.repeats * config.rounds + int(config.self_rounds > 0)
-    counts = np.zeros((len(labels), classes), np.int32)
-    losses = np.zeros(len(labels))
-    for repeat in range(config.repeats):
-        for taken, logits in _take_apart(given, config):
-            counts[np.arange(len(labels)), logits.argmax(dim=1).cpu().numpy()] += 1
-            losses += functional.cross_entropy(logits, given.targets, reduction="none").cpu().numpy()
-            on_step(repeat * config.rounds + taken, models)
+    poll = _Poll(given, config, state)
+    while not poll.closed:
+        poll.vote()
+        save(poll.state())
+        on_step(poll.repeat * config.rounds + poll.round, models)
+    counts, losses = poll.counts, poll.losses
     voters = int(counts[0].sum())
     kept = modal_vote(counts, seed=seed) == labels
     kept &= counts[np.arange(len(labels)), labels] > 1
@@ -93,25 +98,73 @@ def beta(iteration: int, iterations: int, share: float) -> float:
     return min(1.0, share * min(3, max(1, iterations - 2 - iteration)))
 
 
-def _take_apart(given: LabelledSet, config: IsplConfig) -> Iterator[tuple[int, Float32[torch.Tensor, "n c"]]]:
-    """Yield, for each set found, how many there are so far and all samples' logits by a model trained on it."""
-    for number, found in enumerate(compatible_sets(given, config), 1):
+class _Poll:
+    """The votes so far, and what is left to be taken apart in this repeat."""
+
+    def __init__(self, given: LabelledSet, config: IsplConfig, state: State | None) -> None:
+        self.given, self.config = given, config
+        self.repeat = self.round = 0
+        self.counts = np.zeros((len(given.labels), given.classes), np.int32)
+        self.losses = np.zeros(len(given.labels))
+        self.active = given.rows
+        if state is not None:
+            self.repeat, self.round = (int(number) for number in state["place"])
+            self.counts, self.losses = state["counts"].copy(), state["losses"].copy()
+            self.active = torch.from_numpy(state["active"]).to(given.rows.device)
+            given.restore({name: state[name] for name in ("draw", "learners")})
+
+    @property
+    def closed(self) -> bool:
+        return self.repeat >= self.config.repeats
+
+    def vote(self) -> None:
+        """Find the next set, and have a model that is trained on it vote on all samples."""
+        given = self.given
+        found, self.active = next_set(given, self.active, self.config, first=self.round == 0)
         voter = given.fresh()
-        voter.fit(found, epochs=config.voter_epochs, draw=given.draw)
-        yield number, voter.judge(given.rows)
+        voter.fit(found, epochs=self.config.voter_epochs, draw=given.draw)
+        logits = voter.judge(given.rows)
+        self.counts[np.arange(len(self.counts)), logits.argmax(dim=1).cpu().numpy()] += 1
+        self.losses += functional.cross_entropy(logits, given.targets, reduction="none").cpu().numpy()
+        self.round += 1
+        if self.round == self.config.rounds or is_too_small(given, self.active, self.config):
+            self.repeat, self.round, self.active = self.repeat + 1, 0, given.rows
+
+    def state(self) -> State:
+        """Return all that a later run needs to go on from here."""
+        return {
+            "place": np.array([self.repeat, self.round]),
+            "counts": self.counts,
+            "losses": self.losses,
+            "active": self.active.cpu().numpy(),
+            **self.given.state(),
+        }
 
 
 def compatible_sets(given: LabelledSet, config: IsplConfig) -> Iterator[Int64[torch.Tensor, " s"]]:
     """Yield sets of rows that predict themselves best, one after another from what is left."""
-    active, total = given.rows, len(given.rows)
+    active = given.rows
     for number in range(config.rounds):
-        if len(active) <= max(config.fewest * total, given.classes):
+        if number and is_too_small(given, active, config):
             return
-        found = _find_set(given, active, min(1.0, config.share * total / len(active)), config, first=number == 0)
+        found, active = next_set(given, active, config, first=number == 0)
         yield found
-        left = torch.ones(total, dtype=torch.bool, device=active.device)
-        left[found] = False
-        active = active[left[active]]
+
+
+def is_too_small(given: LabelledSet, active: Int64[torch.Tensor, " a"], config: IsplConfig) -> bool:
+    """Tell whether so few rows are left that no set is looked for among them."""
+    return len(active) <= max(config.fewest * len(given.rows), given.classes)
+
+
+def next_set(
+    given: LabelledSet, active: Int64[torch.Tensor, " a"], config: IsplConfig, *, first: bool
+) -> tuple[Int64[torch.Tensor, " s"], Int64[torch.Tensor, " r"]]:
+    """Return the set among the active rows that predicts itself best, and the rows that are left."""
+    share = min(1.0, config.share * len(given.rows) / len(active))
+    found = _find_set(given, active, share, config, first=first)
+    left = torch.ones(len(given.rows), dtype=torch.bool, device=active.device)
+    left[found] = False
+    return found, active[left[active]]
 
 
 def _find_set(

@@ -31,6 +31,9 @@ SIFTERS: dict[str, Sifter] = {
 }
 
 
+RESUMABLE = ("ispl",)  # those that also take `state` and `save`
+
+
 def sift(
     images: np.ndarray,
     labels: Int64[np.ndarray, " n"],
@@ -38,11 +41,14 @@ def sift(
     *,
     seed: int = 0,
     device: str = "cpu",
+    **resuming: Any,
 ) -> SiftResult:
     """Sift a labelled set by the sifter that the settings name; arguments as those of `meta_sift`.
+
+    resuming: `state` and `save` of a sifter in `RESUMABLE`.
 
     Raises:
         ValueError: shapes do not fit each other or the network, or there are fewer than two classes.
     """
     config = config or SifterConfig()
-    return SIFTERS[config.sifter](images, labels, config=config.settings, seed=seed, device=device)
+    return SIFTERS[config.sifter](images, labels, config=config.settings, seed=seed, device=device, **resuming)

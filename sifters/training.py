@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -93,6 +93,15 @@ class LabelledSet:
         self.draw = torch.Generator(self.inputs.device).manual_seed(seed)
         self.seed = seed
         self._network, self._fit, self._learners = network, fit, 0
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the random state, and how many learners there have been."""
+        return {"draw": self.draw.get_state().numpy(), "learners": np.array(self._learners)}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take up a state that `state` gave."""
+        self.draw.set_state(torch.from_numpy(state["draw"].copy()))
+        self._learners = int(state["learners"])
 
     def fresh(self) -> Learner:
         """Return a learner whose network is seeded by the set's seed and the number of those before it."""

@@ -1,10 +1,13 @@
 """The sifting job and what its verdicts come to: by identity, with a reason for every sample that has none."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from tarsift.operators import sifter as jobs
 from tarsift.operators.grouped import read_groups, write_grouped
 from tarsift.operators.schema import fixed_size_list
 from tarsift.operators.sifter import (
@@ -18,6 +21,7 @@ from tarsift.operators.sifter import (
     samples_of,
 )
 from tarsift.sifters.problems import Problem
+from tarsift.sifters.settings import IsplConfig, SifterConfig
 from tests.sifters.sets import planted
 
 
@@ -67,6 +71,32 @@ def test_a_problem_holds_the_samples_of_its_classes_alone(gathered, tmp_path):
     verdicts = read_groups(f"{tmp_path}/1-0.parquet", ["s/1"])
     assert set(verdicts["class"].to_pylist()) == {1, 3}
     assert set(verdicts["shard"].to_pylist()) == {"s/1"}
+
+
+def test_ispl_goes_on_where_it_was_broken_off_but_not_under_other_settings(gathered, tmp_path, monkeypatch):
+    folder, _ = gathered
+    quick = {"repeats": 1, "rounds": 3, "voter_epochs": 2, "self_rounds": 1}
+    config = SiftConfig(method=SifterConfig(sifter="ispl", ispl=IsplConfig(**quick)))
+    job = SiftProblem(folder, ("s/0", "s/1", "s/2"), str(tmp_path), config, fingerprint="a")
+    problem = Problem("0-0", (0, 1, 2))
+    job(problem)
+    undisturbed = (tmp_path / "0-0.parquet").read_bytes()
+    voted = []
+
+    def count(state):
+        voted.append(int(state["place"][1]))
+
+    keep = jobs.save_state
+    monkeypatch.setattr(jobs, "save_state", lambda url, state: (keep(url, state), count(state), 1 / (len(voted) < 2)))
+    with pytest.raises(ZeroDivisionError):
+        job(problem)
+    monkeypatch.setattr(jobs, "save_state", lambda url, state: count(state))
+    job(problem)
+    assert voted == [1, 2, 0]
+    assert (tmp_path / "0-0.parquet").read_bytes() == undisturbed
+    voted.clear()
+    replace(job, fingerprint="b")(problem)
+    assert voted == [1, 2, 0]
 
 
 def test_seeds_differ_by_problem_and_not_by_place():

@@ -1,10 +1,12 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
 from tarsift.sifters import ispl as module
-from tarsift.sifters.ispl import IsplConfig, beta, ispl, iterations_of, modal_vote
+from tarsift.sifters.ispl import IsplConfig, beta, compatible_sets, ispl, iterations_of, modal_vote
 from tarsift.sifters.training import LabelledSet, batches_of
 from tests.sifters.sets import pictures, planted
 
@@ -33,13 +35,28 @@ def test_the_same_seed_gives_the_same_bytes():
     assert once.score.tobytes() != other.score.tobytes()
 
 
-def test_as_many_sets_as_the_settings_say_and_none_of_them_twice(monkeypatch):
+@pytest.mark.parametrize("after", [0, 1, 4])
+def test_a_run_that_was_broken_off_goes_on_to_the_same_bytes(after):
+    images, labels, _ = planted(300)
+    config = QUICK.model_copy(update={"repeats": 2, "rounds": 3})
+    states, steps = [], []
+    whole = ispl(images, labels, config=config, seed=2, save=lambda state: states.append(copy.deepcopy(state)))
+    assert len(states) == 6
+    again = ispl(images, labels, config=config, seed=2, state=states[after], on_step=lambda step, _: steps.append(step))
+    assert again.score.tobytes() == whole.score.tobytes()
+    assert (again.details["votes"] == whole.details["votes"]).all()
+    assert steps[0] == (after + 2 if after < 4 else 6)
+
+
+def test_a_set_that_is_too_small_to_be_taken_apart_is_one_set():
+    images, _, _ = planted(4)
+    assert ispl(images, np.array([0, 1, 2, 3]), config=QUICK).facts == {"voters": 1}
+
+
+def test_as_many_sets_as_the_settings_say_and_none_of_them_twice():
     images, labels, _ = planted(600)
-    found, search = [], module._find_set
-    monkeypatch.setattr(
-        module, "_find_set", lambda *args, **options: found.append(search(*args, **options)) or found[-1]
-    )
-    assert [number for number, _ in module._take_apart(labelled(images, labels), QUICK)] == [1, 2, 3, 4]
+    found = list(compatible_sets(labelled(images, labels), QUICK))
+    assert len(found) == 4
     rows = torch.cat(found)
     assert len(rows) == len(rows.unique())
     assert all(0.22 * 600 < len(part) < 0.34 * 600 for part in found[:3])
