@@ -63,7 +63,7 @@ class Corpus:
 
 CORPORA = {
     "cifar10": Corpus(epochs=25, batch_size=64, witness_epochs=20),
-    "flickr8k": Corpus(epochs=60, batch_size=64, witness_epochs=40),
+    "flickr8k": Corpus(epochs=40, batch_size=128, witness_epochs=40),
     "digits": Corpus(epochs=5, batch_size=128, witness_epochs=20),
 }
 DIGITS = 50_000
