@@ -238,6 +238,9 @@ class SiftPasses:
         if waiting:
             self._gather(status)
             storage.remove_tree(join(self.out, "ledger", "sift"))  # samples are to be told of more verdicts
+            for file in storage.list_files(self.folder("problems"), ".parquet"):
+                if file.removesuffix(".parquet") not in entries:  # of other settings
+                    storage.remove(join(self.folder("problems"), file))
         gpus = self._gpus()
         names, out = tuple(self.names), self.folder("problems")
         device = "cuda" if gpus else "cpu"

@@ -19,7 +19,7 @@ import pyarrow as pa
 from tarsift.operators.audit import AuditShard
 from tarsift.operators.errors import IMAGE_USABLE, REASONS, SHARD_PROBLEMS
 from tarsift.operators.samples import Placed
-from tarsift.operators.shards import ReadConfig, Sample, Shard, ShardCounts, read_samples
+from tarsift.operators.shards import ReadConfig, Sample, SampleFields, Shard, ShardCounts, read_samples
 from tarsift.operators.streams import ShardStream
 from tarsift.operators.tar import Member
 from tarsift.operators.writer import split_shard
@@ -58,24 +58,26 @@ def tar(data: bytes) -> None:
         # A problem of the file as a whole is carried over where the file is.
         assert not damage or (problems and archive == data), damage
         # Of the sample that is cut, what was whole is in its home; its image may be there or not.
-        images = iter([row[4] for row in again if row[4]])
-        whole = [row[4] for row in wanted if row[4] and row[-1] != "truncated_member"]
+        images = iter([row.image for row in again if row.image])
+        whole = [row.image for row in wanted if row.image and row.error != "truncated_member"]
         assert all(image in images for image in whole)  # `in` takes from the iterator: the same order
 
 
-def _read(data: bytes) -> tuple[list[tuple[Any, ...]], list[str]]:
+def _read(data: bytes) -> tuple[list[SampleFields], list[str]]:
     counts = ShardCounts()
     source = ShardStream(io.BytesIO(data))
     rows = [sample.finish("s", SMALL) for sample in read_samples(source, SMALL, counts)]
     digest, size = source.finish()
     assert size == len(data)
     assert len(digest) == 64
-    for key, uid, offset, length, image, _, error in rows:
-        assert error is None or error in REASONS
-        (key + uid).encode()
-        assert (image is not None) <= (error is None or error in IMAGE_USABLE)
-        if image is not None and not source.compressed:
-            assert data[offset : offset + length] == image
+    for row in rows:
+        assert row.error is None or row.error in REASONS
+        (row.key + row.uid).encode()
+        assert (row.image is not None) <= (row.error is None or row.error in IMAGE_USABLE)
+        assert row.label is None or 0 <= row.label < 2**31
+        if row.image is not None and not source.compressed:
+            assert row.image_offset is not None
+            assert data[row.image_offset : row.image_offset + row.image_size] == row.image
     return rows, [problem.problem for problem in counts.problems]
 
 
@@ -104,7 +106,7 @@ def caption(data: bytes) -> None:
     """A caption becomes text within bounds, safe in a terminal and in a page, and its words can be counted."""
     row = _sample(SMALL, image=b"picture", txt=data)
     _check_text(row, SMALL)
-    text = row[5]
+    text = row.caption
     if text is None:
         return
     assert not any(_acts(c) for c in plain(ValueError(text)) if c != "\n")
@@ -120,7 +122,7 @@ def _acts(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
-def _sample(config: ReadConfig, image: bytes, **parts: bytes) -> tuple[Any, ...]:
+def _sample(config: ReadConfig, image: bytes, **parts: bytes) -> SampleFields:
     sample = Sample("key", repeats=False)
     bounds = {"txt": config.max_caption_bytes, "json": config.max_json_bytes}
     for part, data in (("jpg", image), *parts.items()):
@@ -132,19 +134,18 @@ def _sample(config: ReadConfig, image: bytes, **parts: bytes) -> tuple[Any, ...]
     return sample.finish("s", config)
 
 
-def _check_text(row: tuple[Any, ...], config: ReadConfig) -> None:
-    key, uid, _, _, image, text, error = row
-    assert key == "key"
-    assert uid
-    uid.encode()
-    assert error is None or error in IMAGE_USABLE
-    assert image == b"picture"
-    if text is not None:
-        assert text.strip()
-        assert len(text) <= config.max_caption_bytes
-        text.encode()
+def _check_text(row: SampleFields, config: ReadConfig) -> None:
+    assert row.key == "key"
+    assert row.uid
+    row.uid.encode()
+    assert row.error is None or row.error in IMAGE_USABLE
+    assert row.image == b"picture"
+    if row.caption is not None:
+        assert row.caption.strip()
+        assert len(row.caption) <= config.max_caption_bytes
+        row.caption.encode()
     else:
-        assert error
+        assert row.error
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {"tar": tar, "json": sample_json, "caption": caption}
