@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -45,7 +46,9 @@ def test_asked_to_stop(undisturbed, name, number):
 def test_a_second_run_is_refused_while_the_first_one_works(undisturbed):
     out = undisturbed / "twice"
     first = subprocess.Popen(clean(undisturbed / "dump", out, undisturbed / "enc.pt"), start_new_session=True)
-    wait_for(first, out, "embed.detect")
+    while not list((out / "lock").glob("*.json")):  # held before Ray is there: the whole run is still to come
+        assert first.poll() is None
+        time.sleep(0.01)
     second = subprocess.run(clean(undisturbed / "dump", out, undisturbed / "enc.pt"), capture_output=True, timeout=120)
     assert second.returncode == 75
     assert b"is being worked on by process" in second.stderr
