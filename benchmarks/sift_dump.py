@@ -27,6 +27,7 @@ from detect import PARTS, cells, figures, load, parser_of, require_data, score
 from measuring import ROOT, Cells
 from zoo import Cell, find_source, make, with_templates, witness_of
 
+from tarsift.clip_detect.neighbors import unit_norm
 from tarsift.operators.encoder import ClipEncoder
 from tarsift.operators.images import hash_images
 from tarsift.operators.schema import matrix
@@ -97,8 +98,7 @@ def both(density: np.ndarray, rank: np.ndarray, weight: float) -> np.ndarray:
 def sifted_table(arrays: dict[str, np.ndarray], density: np.ndarray, views: np.ndarray, sifter: SifterName) -> pa.Table:
     """Route and sift, as the passes of `tarsift.pipelines.sift` do; return what `JoinVerdicts` makes of it."""
     config = SiftConfig(routing=ROUTING, method=SifterConfig(sifter=sifter))
-    captions = arrays["witness_texts"].astype(np.float32)
-    captions /= np.maximum(np.linalg.norm(captions, axis=1, keepdims=True), 1e-12)
+    captions = unit_norm(arrays["witness_texts"])
     rule = classes_by_caption(captions, len(captions), ROUTING)
     labels, _ = rule.assign(captions)
     classes = len(rule.centers)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
 
-from tarsift.clip_detect.sampling import keyed_hash
+from tarsift.clip_detect.sampling import keyed_hash, resalt
 from tarsift.sifters.inputs import Perturbation, perturb
 
 
@@ -30,6 +30,6 @@ def dilute(
 
 def _draws(pictures: UInt8[np.ndarray, "n h w 3"], view: int) -> Float32[np.ndarray, "5 n"]:
     """Return five numbers for each picture, spread evenly from 0 to 1."""
-    flat = pictures.reshape(len(pictures), -1)
-    hashes = [keyed_hash(flat, b"", f"dilution {view} {i}") for i in range(5)]
+    content = keyed_hash(pictures.reshape(len(pictures), -1), b"", "dilution")  # read once; the draws come from it
+    hashes = [resalt(content, f"{view} {i}") for i in range(5)]
     return (np.stack(hashes) / 2**64).astype(np.float32)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from tarsift.clip_detect.neighbors import unit_norm
 from tarsift.operators.folds import row_hashes
 from tarsift.operators.schema import append, as_table, matrix
 from tarsift.sifters.problems import UNROUTED, ClassRule
@@ -26,9 +27,7 @@ class RouteCaptions:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         table = as_table(batch)
-        embeddings = matrix(table[self.captions])[0].astype(np.float32)
-        lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
-        classes, cosines = self.rule.assign(embeddings / np.maximum(lengths, 1e-12))
+        classes, cosines = self.rule.assign(unit_norm(matrix(table[self.captions])[0]))
         table = table.drop_columns([self.captions])
         return append(table, {"class": pa.array(classes), "class_cosine": pa.array(cosines)})
 

@@ -75,6 +75,7 @@ COLUMNS: dict[str, Column] = {
 # Float columns of the score files that are no scores: their orientation is their own.
 MEASURES = ("clip_similarity", "image_norm", "witness_clip_similarity")
 # Scores that are not in the score files, but beside them in those of the sifted samples.
+SIFTED_FOLDER = "sift/samples"
 SIFTED_SCORES = ("suspicion_sifted", "sift_rank")
 
 SAMPLE_SCHEMA = pa.schema(

@@ -19,14 +19,13 @@ from jaxtyping import Bool, Float32, Int64
 from tarsift.clip_detect import metrics
 from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
-from tarsift.operators.schema import MEASURES, SIFTED_SCORES
+from tarsift.operators.schema import MEASURES, SIFTED_FOLDER, SIFTED_SCORES
 from tarsift.operators.stored import ReadStored, Stored
 from tarsift.pipelines.ledger import RunFile
 
 BATCH_ROWS = 65_536
 
 # The one measure that is also evaluated, turned round: poison need not agree with its caption.
-SAMPLES = "sift/samples"  # scores of those that were sifted
 LOW_SIMILARITY = "low_clip_similarity"
 
 # Highest fractions of the samples that have a score, for which recall and clean samples lost are given.
@@ -118,7 +117,7 @@ class _Table:
 
     def floats(self, name: str) -> Float32[np.ndarray, " n"]:
         """Read a score of all samples; NaN where there is none."""
-        folder = SAMPLES if name in SIFTED_SCORES else "scores"
+        folder = SIFTED_FOLDER if name in SIFTED_SCORES else "scores"
         parts = [
             table[name].cast(pa.float32()).to_numpy()
             if name in table.column_names
@@ -173,7 +172,9 @@ def _locate(out: str, shards: Sequence[str]) -> _Table:
         start += n
     if not rows:
         raise UsageError(f"{out} holds no scores of its {len(shards)} shards: run `tarsift score {out}` first.")
-    sifted = {name.removesuffix(".parquet") for name in storage.list_files(storage.join(out, SAMPLES), ".parquet")}
+    sifted = {
+        name.removesuffix(".parquet") for name in storage.list_files(storage.join(out, SIFTED_FOLDER), ".parquet")
+    }
     more = SIFTED_SCORES if sifted >= rows.keys() else ()
     return _Table(out, list(rows), starts, rows, [*columns, *more])
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from ray.exceptions import RayTaskError
 
 from tarsift.clip_detect.mismatch import MismatchRule, fit_mismatch
 from tarsift.clip_detect.suspicion import (
@@ -29,7 +28,7 @@ from tarsift.operators.sides import Sides
 from tarsift.operators.stored import Stored
 from tarsift.pipelines.config import CleanConfig
 from tarsift.pipelines.folding import run_fold
-from tarsift.pipelines.tasks import run_task
+from tarsift.pipelines.tasks import checked_task
 from tarsift.pipelines.trusted import TrustedReference
 
 # A partition of the duplicate count holds about this many distinct images in memory.
@@ -146,13 +145,7 @@ def run_job(fit: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """
     *arguments_, config = arguments
     options = {"backend": config.resources.backend, "threads": config.resources.threads}
-    try:
-        return run_task(fit, *arguments_, **named, **options)
-    except RayTaskError as error:
-        cause = error.cause if isinstance(error.cause, ValueError) else None
-        if cause is None:
-            raise
-        raise UsageError(str(cause)) from None
+    return checked_task(fit, *arguments_, **named, **options)
 
 
 def fit_enriched(

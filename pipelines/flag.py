@@ -15,7 +15,7 @@ from tarsift.operators import storage
 from tarsift.operators.errors import ConfigError, ShardError, UsageError
 from tarsift.operators.flag import Flag, FlagConfig, Judged
 from tarsift.operators.folds import CountNear, SelectTop, row_hashes
-from tarsift.operators.schema import SIFTED_SCORES
+from tarsift.operators.schema import SIFTED_FOLDER, SIFTED_SCORES
 from tarsift.operators.shards import Shard
 from tarsift.operators.stored import ReadStored, Stored
 from tarsift.pipelines.commit import PassResult, run_pass
@@ -117,7 +117,7 @@ def quarantined_shards(embedded: Mapping[str, Mapping[str, Any]], config: FlagCo
 
 def sifted_folder(out: str, score: str) -> list[str]:
     """Return the folder beside that of the scores in which this one is, if it is there."""
-    return [storage.join(out, "sift", "samples")] if score in SIFTED_SCORES else []
+    return [storage.join(out, SIFTED_FOLDER)] if score in SIFTED_SCORES else []
 
 
 def flag_rows(items: pa.Table, *, folders: list[str], flag: Flag):

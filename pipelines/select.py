@@ -14,6 +14,7 @@ import ray
 from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
 from tarsift.operators.router import LowestPerClass
+from tarsift.operators.schema import SIFTED_FOLDER
 from tarsift.operators.shards import Shard
 from tarsift.operators.sifter import SIFTED
 from tarsift.operators.writer import split_shard
@@ -84,7 +85,7 @@ def _select(run: Run, count: int, shards: bool) -> Selection:
 
     def lowest(cutoff: float | None) -> pa.Table:
         fold = LowestPerClass(shares, key=TIE_KEY, cutoff=cutoff)
-        return run_fold(fold, run.names, [storage.join(run.out, "sift", "samples")])
+        return run_fold(fold, run.names, [storage.join(run.out, SIFTED_FOLDER)])
 
     suspect = np.asarray(lowest(None)["suspicion"]) >= np.float32(plan["suspect_cutoff"])
     chosen = lowest(plan["suspect_cutoff"])

@@ -22,6 +22,7 @@ import pyarrow as pa
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from tarsift.clip_detect.neighbors import unit_norm
 from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
 from tarsift.operators.flag import Judged
@@ -29,6 +30,7 @@ from tarsift.operators.folds import Count, FetchRows, Highest, SmallestHashes
 from tarsift.operators.gather import Gather
 from tarsift.operators.grouped import read_groups, write_grouped
 from tarsift.operators.router import CountClasses, RouteCaptions, RouteLabels, class_table
+from tarsift.operators.schema import SIFTED_FOLDER
 from tarsift.operators.shards import Shard
 from tarsift.operators.sift_settings import SiftConfig
 from tarsift.operators.sifter import CHECKPOINTS, SIFTED, JoinVerdicts, SiftProblem, choose_classes, largest_problem
@@ -36,6 +38,7 @@ from tarsift.operators.storage import join
 from tarsift.operators.stored import ReadStored, Stored
 from tarsift.pipelines.commit import run_pass, run_whole
 from tarsift.pipelines.config import CleanConfig
+from tarsift.pipelines.embed import gpu_share
 from tarsift.pipelines.fitting import load_arrays, save_arrays
 from tarsift.pipelines.flag import select_top, tie_hashes
 from tarsift.pipelines.folding import run_fold
@@ -44,7 +47,7 @@ from tarsift.pipelines.progress import Event, Listener
 from tarsift.pipelines.reading import shard_items, shards_of
 from tarsift.pipelines.session import map_tables
 from tarsift.pipelines.stopping import stop_if_asked
-from tarsift.pipelines.tasks import run_task, side_by_side
+from tarsift.pipelines.tasks import checked_task, side_by_side
 from tarsift.sifters.problems import ClassRule, Problem, classes_by_caption, classes_by_name, make_problems
 
 CAPTIONS_PER_CLASS = 64  # of the sample that classes are made from
@@ -94,8 +97,8 @@ class SiftPasses:
         plan = self._whole("problems", lambda: self._plan(classes))
         problems = [Problem(name, tuple(members)) for name, members in plan["problems"]]
         failed = self._sift(problems, plan["status"])
-        self._join([p for p in problems if p.name not in failed], plan["status"], failed)
-        said = run_fold(Count("sift_status"), self.names, [self.folder("samples")])
+        self._join([p for p in problems if p.name not in failed], plan["status"])
+        said = run_fold(Count("sift_status"), self.names, [join(self.out, SIFTED_FOLDER)])
         return {
             "role": self.role,
             "sifter": self.sift.method.sifter,
@@ -134,7 +137,7 @@ class SiftPasses:
             raise UsageError("no sample of the dump has an image embedding; see the error counts in the ledger.")
         fold = FetchRows(int(hashes[-1]), key=self.key, salt="route", embedding="text_embedding")
         captions = run_fold(fold, self.names, [self.embeddings])["embeddings"]
-        return captions / np.maximum(np.linalg.norm(captions, axis=1, keepdims=True), 1e-12)
+        return unit_norm(captions)
 
     def _labels(self) -> int:
         """Return one more than the highest number in a `.cls`."""
@@ -241,7 +244,7 @@ class SiftPasses:
             for file in storage.list_files(self.folder("problems"), ".parquet"):
                 if file.removesuffix(".parquet") not in entries:  # of other settings
                     storage.remove(join(self.folder("problems"), file))
-        gpus = self._gpus()
+        gpus = gpu_share(self.config.resources)
         names, out = tuple(self.names), self.folder("problems")
         device = "cuda" if gpus else "cpu"
         job = ray.put(SiftProblem(self.folder(".gathered"), names, out, self.sift, device, self.fingerprint))
@@ -270,13 +273,7 @@ class SiftPasses:
         self.finished("sifters", {**figures, "fingerprint": self.fingerprint})
         return failed
 
-    def _gpus(self) -> float:
-        asked = self.config.resources.gpus_per_worker
-        if asked is not None:
-            return asked
-        return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-
-    def _join(self, problems: Sequence[Problem], status: Sequence[str], failed: Mapping[str, str]) -> None:
+    def _join(self, problems: Sequence[Problem], status: Sequence[str]) -> None:
         files = [join(self.folder("problems"), f"{problem.name}.parquet") for problem in problems]
         arguments = {
             "routes": self.folder("routes"),
@@ -285,17 +282,7 @@ class SiftPasses:
             "status": list(status),
             "weight": self.sift.weight,
         }
-        self._each("sift", "sift/samples", _join_rows, arguments)
-
-
-def checked_task(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """Call a function in a Ray task; what it finds wrong with its arguments is a `UsageError`."""
-    try:
-        return run_task(function, *arguments, **named)
-    except RayTaskError as error:
-        if isinstance(error.cause, ValueError):
-            raise UsageError(str(error.cause)) from None
-        raise
+        self._each("sift", SIFTED_FOLDER, _join_rows, arguments)
 
 
 def reason_of(error: Exception) -> str:
@@ -315,7 +302,7 @@ def _rule_of_names(file: str, spec: str, routing: Any) -> ClassRule:
         raise ValueError(f"{file} must name two classes at least, one in each line; it names {len(names)}.")
     texts = np.array([f"a photo of a {name}" for name in names], object)
     embedded = encode_captions(load_encoder(spec), texts, micro_batch=64)
-    return classes_by_name(embedded / np.linalg.norm(embedded, axis=1, keepdims=True), routing)
+    return classes_by_name(unit_norm(embedded), routing)
 
 
 def _route_rows(items: pa.Table, *, embeddings: str, rule: str | None) -> Iterator[pa.Table]:

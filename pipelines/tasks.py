@@ -7,8 +7,9 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
+from tarsift.operators.errors import UsageError
 from tarsift.pipelines.failures import stalled
 from tarsift.pipelines.session import TASK_OPTIONS, stall_timeout_s
 
@@ -85,6 +86,21 @@ def run_task(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any
         return ray.get(done)
     finally:
         leave(running)
+
+
+def checked_task(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """Do as `run_task`; what the function finds wrong with its arguments is a `UsageError`.
+
+    Raises:
+        UsageError: for a ValueError of the function.
+        TarsiftError: see `next_done`.
+    """
+    try:
+        return run_task(function, *arguments, **named)
+    except RayTaskError as error:
+        if isinstance(error.cause, ValueError):
+            raise UsageError(str(error.cause)) from None
+        raise
 
 
 def next_done(

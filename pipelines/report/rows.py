@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float32
 from tarsift.clip_detect.neighbors import unit_norm
 from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
-from tarsift.operators.schema import matrix
+from tarsift.operators.schema import SIFTED_FOLDER, matrix
 from tarsift.operators.stored import ReadStored, Stored
 from tarsift.pipelines.report.folds import Overview, Tally, numbers, pc, strings
 
@@ -77,7 +77,7 @@ class Available:
     @property
     def scores(self) -> list[str]:
         """Columns of the score files and of those of the sifted samples."""
-        return [*self.columns["scores"], *self.columns["sift/samples"]]
+        return [*self.columns["scores"], *self.columns[SIFTED_FOLDER]]
 
 
 def what_there_is(out: str, shards: Sequence[str], role: str) -> Available:
@@ -87,7 +87,7 @@ def what_there_is(out: str, shards: Sequence[str], role: str) -> Available:
         UsageError: if there is no table of scores or flags at all.
     """
     embeddings = f"embeddings/{role}"
-    columns: dict[str, list[str]] = {folder: [] for folder in ("scores", "sift/samples", "flags", embeddings)}
+    columns: dict[str, list[str]] = {folder: [] for folder in ("scores", SIFTED_FOLDER, "flags", embeddings)}
     encoder: dict[str, str] = {}
     for folder in columns:
         for shard in shards:
