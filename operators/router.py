@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,10 +159,11 @@ class LowestPerClass:
         return state.drop_columns(["tie"]).sort_by([("shard", "ascending"), ("row", "ascending")])
 
 
-def class_table(counts: ClassCounts, status: list[str]) -> pa.Table:
-    """Return one row per class: what is known of it, and whether it is sifted."""
+def class_table(counts: ClassCounts, status: list[str], names: Sequence[str] = ()) -> pa.Table:
+    """Return one row per class: what is known of it, its name if it has one, and whether it is sifted."""
     columns: dict[str, Any] = {
         "class": pa.array(np.arange(len(status), dtype=np.int32)),
+        "name": pa.array(names, pa.string()) if names else pa.nulls(len(status), pa.string()),
         "samples": pa.array(counts.samples),
         "suspects": pa.array(counts.suspects),
         "duplicates": pa.array(counts.duplicates),

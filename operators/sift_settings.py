@@ -25,6 +25,9 @@ class SiftConfig(BaseModel, frozen=True, extra="forbid"):
     route: str = Field(
         default="captions", description="classes by `captions` (clusters), `cls` (numbers in .cls), or a file of names"
     )
+    names_sha256: str | None = Field(
+        default=None, description="of the names in that file; put here by the run, which they must not change under"
+    )
     budget: int | None = Field(default=None, ge=1, description="problems at most; None = as many as there are")
     suspect_fraction: float = Field(
         default=0.05, gt=0, lt=1, description="most suspicious part by density, whose classes come first"
@@ -41,3 +44,8 @@ class SiftConfig(BaseModel, frozen=True, extra="forbid"):
     seed: int = Field(default=0, description="of all that is random")
     routing: RoutingConfig = RoutingConfig()
     method: SifterConfig = SifterConfig()
+
+    @property
+    def names_file(self) -> str | None:
+        """The file of class names; None where classes are clusters or labels."""
+        return None if self.route in ("captions", "cls") else self.route

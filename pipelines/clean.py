@@ -1,4 +1,4 @@
-"""The main job: embed -> score -> flag -> write -> report, each pass continued where it stopped.
+"""The main job: embed -> score -> (sift ->) flag -> write -> report, each pass continued where it stopped.
 
 Each function here does one step for a result folder and keeps `run.json` true; `clean` does all.
 """
@@ -22,11 +22,13 @@ from tarsift.pipelines import embed as embedding
 from tarsift.pipelines import flag as flagging
 from tarsift.pipelines import score as scoring
 from tarsift.pipelines import write as writing
-from tarsift.pipelines.config import CleanConfig
+from tarsift.pipelines.class_names import class_names_of
+from tarsift.pipelines.config import CleanConfig, parse_config
 from tarsift.pipelines.ledger import fingerprint
+from tarsift.pipelines.passes import embed_name, passes_of_score
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.report import write_report
-from tarsift.pipelines.run import Run, embed_name, open_run, passes_of_score
+from tarsift.pipelines.run import NO_FEATURES, Run, open_run
 from tarsift.pipelines.trusted import TrustedReference
 
 
@@ -59,11 +61,17 @@ def embed_step(run: Run) -> None:
     """Embed what is not embedded yet with every encoder, and check which regime each is in."""
     run.settle(embedding.settled(run.config))
     for role in run.roles:
-        result, ledger, info = embedding.embed_pass(run.shards, run.out, run.config, role, progress=run.progress)
-        run.done(result, ledger.fingerprint)
-        refuse_other_samples(run, role)
-        run.content.setdefault("encoders", {})[role] = describe_encoder(run, role, info)
-        run.file.save()
+        _embed_role(run, role)
+
+
+def _embed_role(run: Run, role: str, *, replace: bool = False) -> None:
+    result, ledger, info = embedding.embed_pass(
+        run.shards, run.out, run.config, role, replace=replace, progress=run.progress
+    )
+    run.done(result, ledger.fingerprint)
+    refuse_other_samples(run, role)
+    run.content.setdefault("encoders", {})[role] = describe_encoder(run, role, info)
+    run.file.save()
 
 
 def refuse_other_samples(run: Run, role: str) -> None:
@@ -120,11 +128,8 @@ def sift_step(run: Run) -> None:
 
     role = run.sift_role
     if role is None:
-        raise UsageError(
-            "sifting takes features of an encoder that never saw the dump: give --encoder features=MODEL, or a witness."
-        )
-    if embed_name(role) not in run.content["passes"]:
-        embed_step(run)
+        raise UsageError(NO_FEATURES)
+    _embed_features(run, role)
     if run.content["encoders"][role]["regime"]["code"] in ("trained_on_this_dump", "partly"):
         raise UsageError(
             f"the encoder given as {role} was trained on this dump: what is planted looks ordinary to it. Give "
@@ -133,11 +138,24 @@ def sift_step(run: Run) -> None:
     run.complete("score")
     passes = sifting.SiftPasses(
         run.shards, run.out, run.config, role, run.wanted_fingerprints()["sift"],
-        key=scoring.dump_key(run.embedded, run.config), samples=sum(e["rows"] for e in run.embedded.values()),
-        progress=run.progress, finished=run.record,
+        key=scoring.dump_key(run.embedded, run.config), class_names=class_names_of(run.config),
+        samples=sum(e["rows"] for e in run.embedded.values()), progress=run.progress, finished=run.record,
     )  # fmt: skip
     run.content["sift"] = passes.run()
     run.file.save()
+
+
+def _embed_features(run: Run, role: str) -> None:
+    """Embed what is sifted, unless that is done; an encoder that is given now takes the place of an earlier one."""
+    name, before = embed_name(role), parse_config(run.content["config"])
+    config = embedding.settled(run.config)
+    wanted, had = (c.result_settings()["encoders"].get(role) for c in (config, before))
+    if wanted != had:
+        run.content["passes"].pop(name, None)
+    run.settle(config)
+    if name not in run.content["passes"]:
+        _embed_role(run, role, replace=True)
+    run.complete(name)
 
 
 def flag_step(run: Run) -> None:

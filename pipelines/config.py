@@ -219,7 +219,7 @@ def refuse_changes(before: Mapping[str, Any], after: Mapping[str, Any], *, out: 
     if changes:
         raise ChangedError(
             f"{out} was made with other settings: {'; '.join(changes)}. "
-            "Give the same ones, another --out, or redo single passes with `tarsift score|flag|write|report`."
+            "Give the same ones, another --out, or redo single passes with `tarsift score|sift|flag|write|report`."
         )
 
 

@@ -89,16 +89,27 @@ def refuse_other_weights(ledger: Ledger, info: EncoderInfo) -> None:
 
 
 def embed_pass(
-    shards: Sequence[Shard], out: str, config: CleanConfig, role: str = "detect", *, progress: Listener = silent
+    shards: Sequence[Shard],
+    out: str,
+    config: CleanConfig,
+    role: str = "detect",
+    *,
+    replace: bool = False,
+    progress: Listener = silent,
 ) -> tuple[PassResult, Ledger, EncoderInfo]:
-    """Embed all shards that are not committed yet under `out`/embeddings/`role`; `config` is `settled`."""
+    """Embed all shards that are not committed yet under `out`/embeddings/`role`; `config` is `settled`.
+
+    Raises:
+        ChangedError: if they were embedded by other weights, unless these are to `replace` them.
+    """
     # Loading open_clip takes many seconds, and most commands that import this module do not encode.
     from tarsift.operators.encoder import ClipEncoder, encoder_info
 
     encoder = config.encoders[role].model_copy(update={"threads": config.resources.threads})
     info = encoder_info(encoder.spec)
     ledger = Ledger(out, f"embed.{role}", embed_fingerprint(config, role, info))
-    refuse_other_weights(ledger, info)
+    if not replace:
+        refuse_other_weights(ledger, info)
     resources = config.resources
 
     folder = f"embeddings/{role}"

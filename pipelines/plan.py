@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from tarsift.operators.regime import encoder_regime
-from tarsift.operators.sides import choose_sides
+from tarsift.operators.sides import FEATURES, choose_sides
 from tarsift.pipelines.config import CleanConfig
 from tarsift.pipelines.embed import embed_fingerprint
 from tarsift.pipelines.fitting import TRUSTED
 from tarsift.pipelines.ledger import Ledger
-from tarsift.pipelines.run import embed_name, open_run
+from tarsift.pipelines.passes import EMBED_DOES, embed_name
+from tarsift.pipelines.run import open_run
 from tarsift.pipelines.text import blanked, size
 
 
@@ -26,7 +27,7 @@ class Plan:
 
     Attributes:
         samples: of the shards that are embedded already; None while none is.
-        passes: (name, what it does, shards done, shards in total).
+        passes: (name, what it does, shards done, shards in total); of sifting, problems, 0 before there is a plan.
         coverage: which poisoning rates the rule can see, as a sentence.
         encoders: per role (encoder, what is known of it and the dump).
         looked_for, not_looked_for: kinds of attack, if the encoders are what the roles say.
@@ -67,7 +68,7 @@ def make_plan(inputs: str | Sequence[str], out: str, config: CleanConfig) -> Pla
         info = encoder_info(run.config.encoders[role].spec)
         name = embed_name(role)
         embedded = Ledger(out, name, embed_fingerprint(run.config, role, info)).entries(names)
-        passes.append((name, "read, hash, decode and encode", len(embedded), len(names)))
+        passes.append((name, EMBED_DOES, len(embedded), len(names)))
         complete = len(embedded) == len(names)
         digests = {name: entry["source"]["sha256"] for name, entry in embedded.items()} if complete else None
         regime = encoder_regime(info, digests)
@@ -76,13 +77,11 @@ def make_plan(inputs: str | Sequence[str], out: str, config: CleanConfig) -> Pla
         encoders[role] = what, regime.sentence
         if role == run.roles[0]:
             samples, embedded_shards = sum(entry["rows"] for entry in embedded.values()), len(embedded)
-    sides = choose_sides(regimes)
-    for name, what in PASSES:
-        if name == "density" and not sides.density:
-            continue
-        recorded = run.fingerprint_of(name)
-        done = len(Ledger(out, name, recorded).entries(names)) if recorded else 0
-        passes.append((name, what, done, len(names)))
+    sides = choose_sides({role: code for role, code in regimes.items() if role != FEATURES})
+    for name, what in run.passes(density=sides.density is not None)[len(run.roles) :]:
+        recorded, parts = run.fingerprint_of(name), run.parts_of(name)
+        done = len(Ledger(out, name, recorded).entries(parts)) if recorded else 0
+        passes.append((name, what, done, len(parts)))
     return Plan(
         out=out,
         shards=len(names),
@@ -103,22 +102,14 @@ def coverage(config: CleanConfig) -> str:
     return TRUSTED if config.reference.path else config.suspicion.coverage_sentence
 
 
-PASSES = (
-    ("density", "score every sample against the reference"),
-    ("score", "smooth over neighbours"),
-    ("flag", "find the cutoff and flag"),
-    ("write", "copy every member to clean/, removed/ or errored/"),
-)
-
-
 def render_plan(plan: Plan, console: Console) -> None:
     """Print a plan for people."""
     console.print(f"[bold]{plan.headline}[/bold]", highlight=False)
     table = Table(box=None, pad_edge=False)
-    for title in ("pass", "what", "shards done"):
+    for title in ("pass", "what", "done"):
         table.add_column(title)
     for name, what, done, total in plan.passes:
-        table.add_row(name, what, f"{done}/{total}")
+        table.add_row(name, what, f"{done}/{total or '?'}")
     console.print(table, highlight=False)
     known = "not known before they are read" if plan.samples is None else f"{plan.samples:,} so far"
     facts = Table.grid(padding=(0, 2))

@@ -134,10 +134,10 @@ def print_status(status: Any, console: Console) -> None:
     """Say how far a result folder is and what to do."""
     table = Table(box=None, pad_edge=False)
     table.add_column("pass")
-    for title in ("shards done", "samples"):
+    for title in ("done", "samples"):
         table.add_column(title, justify="right")
     for step in status.passes:
-        table.add_row(step.name, f"{step.done:,}/{step.shards:,}", f"{step.samples:,}")
+        table.add_row(step.name, f"{step.done:,}/{step.of or '?'}", f"{step.samples:,}")
     console.print(table, highlight=False)
     by = f" ({status.holder})" if status.holder and status.state not in ("complete", "outdated") else ""
     console.print(f"{STATES[status.state]}{by}", highlight=False, markup=False, soft_wrap=True)

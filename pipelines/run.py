@@ -14,28 +14,25 @@ from typing import Any
 
 from tarsift.operators import storage
 from tarsift.operators.errors import BusyError, ChangedError, ConfigError, UsageError
-from tarsift.operators.schema import SCHEMA_VERSION, SIFTED_SCORES
+from tarsift.operators.schema import SCHEMA_VERSION
 from tarsift.operators.shards import Shard, list_shards
 from tarsift.operators.sides import DETECT, FEATURES, ROLES, WITNESS
+from tarsift.pipelines.class_names import with_class_names
 from tarsift.pipelines.commit import PassResult
 from tarsift.pipelines.config import CleanConfig, parse_config, put_setting, refuse_changes
 from tarsift.pipelines.failures import failures_told
 from tarsift.pipelines.installed import providers
-from tarsift.pipelines.ledger import Ledger, RunFile, fingerprint
+from tarsift.pipelines.ledger import Ledger, RunFile, fingerprint, records_of
 from tarsift.pipelines.lock import hold
+from tarsift.pipelines.passes import AT_ONCE, SETTINGS_OF, embed_name, passes_of, passes_of_score
 from tarsift.pipelines.progress import Listener, silent
 from tarsift.pipelines.session import session
 
 PACKAGES = ("ray", "torch", "open_clip_torch", "pyarrow", "numpy", "Pillow", "tarsift")
 
-# Settings that the result of a pass depends on beside those of the passes before it; that of embedding: all others.
-SETTINGS_OF = {
-    "score": ("reference", "suspicion", "mismatch"),
-    "sift": ("sift", f"encoders.{FEATURES}"),
-    "flag": ("flag",),
-    "write": ("write",),
-    "report": (),
-}
+NO_FEATURES = (
+    "sifting takes features of an encoder that never saw the dump: give --encoder features=MODEL, or a witness."
+)
 
 
 @dataclass
@@ -66,6 +63,18 @@ class Run:
     def sift_role(self) -> str | None:
         """The role whose embeddings are routed and sifted: one that never saw the dump; None: there is none."""
         return next((role for role in (FEATURES, WITNESS) if role in self.config.encoders), None)
+
+    def passes(self, *, density: bool | None = None) -> list[tuple[str, str]]:
+        """The passes of this run in their order, each with what it does; density: None = as the roles say."""
+        sift = self.config.sift.enabled or "classes" in self.content["passes"]
+        return passes_of(self.roles, density=DETECT in self.roles if density is None else density, sift=sift)
+
+    def parts_of(self, name: str) -> list[str]:
+        """What a pass commits one by one: shards, or problems, of which nothing is known before there is a plan."""
+        if name == "sifters":
+            plans = [record["about"]["problems"] for record in records_of(self.out, "problems")]
+            return [problem for problem, _ in plans[0]] if plans else []
+        return ["all"] if name in AT_ONCE else self.names
 
     @property
     def embedded(self) -> dict[str, dict[str, Any]]:
@@ -105,9 +114,9 @@ class Run:
 
     def settle(self, config: CleanConfig) -> None:
         """Keep settings in which `auto` is settled, for the rest of the run and for those that continue it."""
-        if config != self.config:
-            self.config = config
-            self.content["config"] = config.model_dump(mode="json")
+        self.config, plain = config, config.model_dump(mode="json")
+        if plain != self.content["config"]:
+            self.content["config"] = plain
             self.file.save()
 
     def fingerprint_of(self, name: str) -> str | None:
@@ -139,6 +148,8 @@ class Run:
         if missing or print_ is None:
             embeds = name.startswith("embed.")
             again = "tarsift embed` or `tarsift clean" if embeds else f"tarsift {name} {self.out}"
+            if name == embed_name(FEATURES):
+                again = f"tarsift sift {self.out} --encoder features=MODEL"
             raise UsageError(
                 f"{len(missing)} of {len(self.shards)} shards of {self.out} have not been through the pass {name} "
                 f"(first: {missing[0] if missing else '-'}): run `{again}` first."
@@ -181,16 +192,6 @@ def shards_outside(inputs: str | Sequence[str], out: str) -> list[Shard]:
     return shards
 
 
-def passes_of_score(score: str) -> tuple[str, ...]:
-    """Return the passes that make the files a score is in."""
-    return ("score", "sift") if score in SIFTED_SCORES else ("score",)
-
-
-def embed_name(role: str) -> str:
-    """Return the name of the pass that embeds with the encoder of a role."""
-    return f"embed.{role}"
-
-
 def open_run(inputs: str | Sequence[str], out: str, config: CleanConfig, *, progress: Listener = silent) -> Run:
     """Start a result folder, or go on with the one that is there; nothing is written before it is `held`.
 
@@ -201,6 +202,7 @@ def open_run(inputs: str | Sequence[str], out: str, config: CleanConfig, *, prog
     refuse_encoders(config)
     out = storage.absolute(out)
     config = with_absolute_paths(config.with_sifted_score())
+    config = with_class_names(config) if config.sift.enabled else config
     shards = shards_outside(inputs, out)
     listed = [{"name": s.name, "url": s.url, "size": s.size} for s in shards]
     with storage.reachable(out):
@@ -231,6 +233,13 @@ def refuse_encoders(config: CleanConfig) -> None:
     unknown = sorted(set(config.encoders) - set(ROLES))
     if unknown:
         raise UsageError(f"there is no encoder role {unknown[0]!r}; the roles are {' and '.join(ROLES)}.")
+    if not set(config.encoders) - {FEATURES}:
+        raise UsageError(
+            "an encoder for features alone judges nothing: give --encoder detect=MODEL, --encoder witness=MODEL, or "
+            "both."
+        )
+    if config.sift.enabled and not {FEATURES, WITNESS} & set(config.encoders):
+        raise UsageError(NO_FEATURES)
     if WITNESS in config.encoders and set(config.encoders[WITNESS].towers) != {"image", "text"}:
         raise UsageError("the witness judges how well captions fit: its `towers` must be image and text.")
     if config.reference.path is not None and DETECT not in config.encoders:
@@ -263,7 +272,8 @@ def reopen_run(
         if redo is not None:
             refuse_setting(name, redo)
         put_setting(content, name, value)
-    config = with_absolute_paths(parse_config(content))
+    config = with_choices_of(parse_config(file.content["config"]), with_absolute_paths(parse_config(content)))
+    config = with_class_names(config) if redo == "sift" else config
     return Run(out, [Shard(**item) for item in file.content["inputs"]], config, file, progress)
 
 

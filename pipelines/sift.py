@@ -62,6 +62,7 @@ class SiftPasses:
 
     Args:
         role: whose embeddings are sifted, and route: an encoder that never saw the dump.
+        class_names: of the classes, where they are routed by name.
         samples: rows of the dump.
     """
 
@@ -71,6 +72,7 @@ class SiftPasses:
     role: str
     fingerprint: str
     key: bytes
+    class_names: Sequence[str]
     samples: int
     progress: Listener
     finished: Callable[[str, dict[str, Any]], None]
@@ -126,7 +128,7 @@ class SiftPasses:
             captions = self._captions(min(MOST_CAPTIONS, max(CAPTIONS_PER_CLASS * wanted, 4096)))
             rule = checked_task(classes_by_caption, captions, self.samples, routing, seed=self.sift.seed)
         else:
-            rule = checked_task(_rule_of_names, route, self.config.encoders[self.role].spec, routing)
+            rule = checked_task(_rule_of_names, self.class_names, self.config.encoders[self.role].spec, routing)
         save_arrays(self.folder("classes.npz"), {"centers": rule.centers}, {"least": rule.least})
         return {"classes": len(rule.centers)}
 
@@ -180,7 +182,7 @@ class SiftPasses:
         ]
         counts = run_fold(CountClasses(classes, score=SCORE, cutoff=cut.score), self.names, sources)
         status = choose_classes(counts.samples, counts.suspects, counts.duplicates, self.sift)
-        write_grouped(self.folder("classes.parquet"), class_table(counts, status), "status")
+        write_grouped(self.folder("classes.parquet"), class_table(counts, status, self.class_names), "status")
         left_out = [label for label, said in enumerate(status) if said != SIFTED]
         centers = self._centers(classes)
         problems = checked_task(
@@ -292,14 +294,10 @@ def reason_of(error: Exception) -> str:
     return f"{type(cause).__name__}: {text[0] if text else ''}"
 
 
-def _rule_of_names(file: str, spec: str, routing: Any) -> ClassRule:
+def _rule_of_names(names: Sequence[str], spec: str, routing: Any) -> ClassRule:
     from tarsift.operators.models import load_encoder
     from tarsift.operators.towers import encode_captions
 
-    lines = (line.strip() for line in storage.read_bytes(file).decode().splitlines())
-    names = [line for line in lines if line]
-    if len(names) < 2:
-        raise ValueError(f"{file} must name two classes at least, one in each line; it names {len(names)}.")
     texts = np.array([f"a photo of a {name}" for name in names], object)
     embedded = encode_captions(load_encoder(spec), texts, micro_batch=64)
     return classes_by_name(unit_norm(embedded), routing)

@@ -8,20 +8,25 @@ from datetime import UTC, datetime
 from pydantic import BaseModel, ConfigDict
 
 from tarsift.operators import storage
-from tarsift.operators.sides import DETECT
 from tarsift.pipelines.ledger import records_of
 from tarsift.pipelines.lock import DEAD_AFTER_S, Holder, last_holder
-from tarsift.pipelines.run import Run, embed_name, reopen_run
+from tarsift.pipelines.run import reopen_run
 
 
 class PassStatus(BaseModel):
-    """How many shards are through a pass, with how many samples."""
+    """How far a pass is.
+
+    Attributes:
+        done, of: shards that are through it, or in the pass `sifters` problems, of which there are 0 before they are
+            planned; a pass over all shards at once has one part.
+        samples: in those that are done.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     name: str
     done: int
-    shards: int
+    of: int
     samples: int
 
 
@@ -57,13 +62,13 @@ def status(out: str) -> Status:
         'running'
     """
     run = reopen_run(out)
-    shards = set(run.names)
     passes = []
-    for name in passes_of(run):
-        records = [record for record in records_of(run.out, name) if record["shard"] in shards]
+    for name, _ in run.passes():
+        parts = set(run.parts_of(name))
+        records = [record for record in records_of(run.out, name) if record["shard"] in parts]
         latest, done = (Counter(r["fingerprint"] for r in records).most_common(1) or [("", 0)])[0]
         samples = sum(record.get("rows", 0) for record in records if record["fingerprint"] == latest)
-        passes.append(PassStatus(name=name, done=done, shards=len(shards), samples=samples))
+        passes.append(PassStatus(name=name, done=done, of=len(parts), samples=samples))
     report = storage.join(run.out, "report.html")
     made = run.fingerprint_of("report")
     reported = made is not None and storage.exists(report)
@@ -78,12 +83,6 @@ def status(out: str) -> Status:
         stale=stale,
         report=report if reported else None,
     )
-
-
-def passes_of(run: Run) -> tuple[str, ...]:
-    """Names of the passes that go over all shards."""
-    density = ("density",) if DETECT in run.roles else ()
-    return (*map(embed_name, run.roles), *density, "score", "flag", "write")
 
 
 def _state(holder: Holder | None, *, ended: str) -> str:

@@ -59,7 +59,8 @@ def embed(
 ) -> None:
     """Read, decode and encode shards into OUT/embeddings."""
     from tarsift.pipelines import clean as recipe
-    from tarsift.pipelines.run import embed_name, open_run
+    from tarsift.pipelines.passes import embed_name
+    from tarsift.pipelines.run import open_run
 
     flags = encoder_settings(encoder) | spread_settings(workers, gpus_per_worker, threads, batch_size)
     settings = compose(config, set_, {**flags, "read.captions": captions})

@@ -84,5 +84,8 @@ def test_classes_are_counted_in_any_order_and_grouping():
     assert (merged.suspects == whole.suspects).all()
     rows = class_table(whole, ["sifted", "mostly_suspects", "too_small"]).to_pylist()
     assert rows[1] == {
-        "class": 1, "samples": 3, "suspects": 2, "duplicates": 2, "caption": "dog", "status": "mostly_suspects"
+        "class": 1, "name": None, "samples": 3, "suspects": 2, "duplicates": 2, "caption": "dog",
+        "status": "mostly_suspects",
     }  # fmt: skip
+    named = class_table(whole, ["sifted"] * 3, ["cat", "dog", "cow"])
+    assert named["name"].to_pylist() == ["cat", "dog", "cow"]

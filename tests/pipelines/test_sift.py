@@ -17,8 +17,10 @@ from tarsift.pipelines import clean as recipe
 from tarsift.pipelines.clean import clean
 from tarsift.pipelines.config import load_config
 from tarsift.pipelines.evaluate import evaluate
+from tarsift.pipelines.plan import make_plan
 from tarsift.pipelines.run import reopen_run
 from tarsift.pipelines.select import select
+from tarsift.pipelines.status import status
 from tests.conftest import make_dump, make_encoder
 
 ROUTING = [
@@ -191,9 +193,25 @@ def test_classes_by_label_and_a_network_on_pictures(out):
 
 
 def test_classes_by_name(out, tmp_path):
-    (tmp_path / "classes.txt").write_text("red thing\n\nblue thing\n")
-    said = redo(out, sift__route=str(tmp_path / "classes.txt"), sift__routing__least_cosine=-1)
+    file = tmp_path / "classes.txt"
+    file.write_text("red thing\n\nblue thing\n")
+    changes = {"sift__route": str(file), "sift__routing__least_cosine": -1}
+    said = redo(out, **changes)
     assert sum(said["classes"].values()) == 2
+    rows = read_groups(str(out / "sift" / "classes.parquet")).to_pylist()
+    assert sorted(row["name"] for row in rows) == ["blue thing", "red thing"]
+    before = fingerprints(out)
+    file.write_text("red thing\nblue thing\ngreen thing\n")
+    assert sum(redo(out, **changes)["classes"].values()) == 3
+    assert fingerprints(out)["sift"] != before["sift"]
+    file.unlink()
+    with pytest.raises(UsageError, match="no file of class names"):
+        redo(out)
+
+
+def fingerprints(out: Path) -> dict[str, str]:
+    passes = json.loads((out / "run.json").read_text())["passes"]
+    return {name: figures["fingerprint"] for name, figures in passes.items()}
 
 
 def test_a_worker_that_dies_costs_its_problem_a_retry(out, tmp_path, monkeypatch):
@@ -262,6 +280,63 @@ def test_the_same_settings_do_nothing_again(out, monkeypatch):
 def test_what_it_refuses(out, changes, error, says):
     with pytest.raises(error, match=says):
         redo(out, **changes)
+
+
+def test_without_features_nothing_is_begun(made, tmp_path):
+    config = load_config(settings=[f"encoders.detect.spec={made / 'enc.pt'}", "sift.enabled=true"])
+    with pytest.raises(UsageError, match="features=MODEL"):
+        clean(str(made / "dump"), str(tmp_path / "none"), config=config)
+    alone = load_config(settings=[f"encoders.features.spec={made / 'features.pt'}"])
+    with pytest.raises(UsageError, match="alone judges nothing"):
+        clean(str(made / "dump"), str(tmp_path / "none"), config=alone)
+    assert not (tmp_path / "none").exists()
+
+
+def test_other_features_take_the_place_of_those_that_are_there(made, out):
+    other = make_encoder(out.parent / "other.pt", seed=2)
+    before, embedded = results(out), fingerprints(out)
+    redo(out, encoders__features__spec=str(made / "features.pt"))
+    assert fingerprints(out) == embedded
+    redo(out, encoders__features__spec=str(other))
+    found = fingerprints(out)
+    assert {name for name in found if found[name] != embedded[name]} >= {"embed.features", "route", "sift"}
+    assert found["embed.detect"] == embedded["embed.detect"]
+    assert results(out) != before
+    run = json.loads((out / "run.json").read_text())
+    assert run["encoders"]["features"]["spec"] == run["config"]["encoders"]["features"]["spec"] == str(other)
+    assert run["config"]["encoders"]["features"]["views"] == 2
+
+
+def test_features_that_were_being_replaced_are_not_mixed_with_the_earlier_ones(made, out, monkeypatch):
+    other = make_encoder(out.parent / "other.pt", seed=2)
+
+    def stopped(*arguments, **named):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tarsift.pipelines.embed.run_pass", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            redo(out, encoders__features__spec=str(other))
+    assert "sift" in reopen_run(str(out)).stale_passes()
+    redo(out)
+    assert json.loads((out / "run.json").read_text())["encoders"]["features"]["spec"] == str(other)
+
+
+def test_status_and_plan_name_the_passes_of_sifting(made):
+    named = ["classes", "route", "problems", "sifters", "sift"]
+    told = {p.name: (p.done, p.of) for p in status(str(made / "out")).passes}
+    assert [name for name in told if name in named] == named
+    assert told["classes"] == told["problems"] == (1, 1)
+    assert told["route"] == told["sift"] == (3, 3)
+    assert told["sifters"] == (len([*(made / "out" / "sift" / "problems").iterdir()]),) * 2
+    config = reopen_run(str(made / "out")).config
+    planned = {
+        name: (done, of) for name, _, done, of in make_plan(str(made / "dump"), str(made / "out"), config).passes
+    }
+    assert planned == told
+    begun = {name: (done, of) for name, _, done, of in make_plan(str(made / "dump"), "elsewhere", config).passes}
+    assert begun["sifters"] == (0, 0)
+    assert begun["route"] == (0, 3)
 
 
 def test_an_encoder_that_saw_the_dump_gives_no_features(made, out):
