@@ -5,44 +5,42 @@ their labels; it changes their pictures one by one, or plants a *trigger*: one c
 time makes a model take other pictures for a class as well.
 
 Rates here are shares of the whole set. Papers give shares of other things: which, `Attack.rate_of` says, and `as_rate`
-converts. Marks have their papers' sizes in pictures of 32 pixels and less, and grow with larger ones. Where a paper
-uses a picture from elsewhere or optimises a pattern against a model, there is a pattern made here in its place.
+converts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int64, Shaped, UInt8
-from torch.nn import functional
+from jaxtyping import Bool, Int64, UInt8
 
 from tarsift.sifters.ispl import compatible_sets
+from tarsift.sifters.perturbations import Model, collide, raise_loss
 from tarsift.sifters.result import check_labels
 from tarsift.sifters.settings import IsplConfig
 from tarsift.sifters.training import LabelledSet
+from tarsift.sifters.triggers import (
+    SHAPES,
+    MakeTrigger,
+    Trigger,
+    checkered_corners,
+    coloured_ring,
+    coloured_square,
+    letter,
+    small_shape,
+    smooth_field,
+    white_square,
+    whole_noise,
+)
 
 NONE = -1  # no class: a sample that is left alone, test pictures that are not aimed at
 SMALLEST = 16  # pixels of a side
-MARK_SIDE = 32  # of the pictures for which marks have the size they are drawn in
-
-LETTER = ("...##...", "..####..", "..#..#..", ".##..##.", ".######.", ".#....#.", "##....##", "##....##")
-SHAPES = {"pixel": ("#",), "l": ("#.", "##"), "x": ("#.#", ".#.", "#.#")}
-CHECKERS = ("#.#", ".#.", "#.#")
-LETTER_COLOUR, WHITE = (230, 40, 120), (255, 255, 255)
-
-ASCENT_STEPS, ASCENT_STRIDE = 20, 0.15  # of projected gradient ascent; the stride as a part of the bound
-COLLISION_STEPS, COLLISION_RATE, COLLISION_CLOSENESS = 100, 0.01, 1.0
-PICTURES = 256  # attacked at a time through a model
-
-# Pictures 0 to 1 (b, 3, h, w) to what the attack is made against: logits, or features of any shape.
-Model = Callable[[torch.Tensor], torch.Tensor]
-Trigger = Callable[[UInt8[np.ndarray, "n h w 3"]], UInt8[np.ndarray, "n h w 3"]]
 
 
 @dataclass(frozen=True)
@@ -111,154 +109,6 @@ def label_kept(labels: Int64[np.ndarray, " n"], aim: Aim, draw: np.random.Genera
 def not_aimed(labels: Int64[np.ndarray, " n"], aim: Aim, draw: np.random.Generator) -> Int64[np.ndarray, " n"]:
     """No class is aimed at."""
     return np.full(len(labels), NONE, np.int64)
-
-
-# Triggers: made for pictures of a size, with what is random about them drawn once for all pictures.
-MakeTrigger = Callable[[int, int, float, np.random.Generator], Trigger]
-
-
-def overlay(
-    images: UInt8[np.ndarray, "n h w 3"], *, pattern: Float32[np.ndarray, "h w 3"], opacity: Float32[np.ndarray, "h w"]
-) -> UInt8[np.ndarray, "n h w 3"]:
-    """Lay a pattern over pictures; opacity: 0 leaves a pixel as it is, 1 replaces it."""
-    share = opacity[..., None]
-    return _bytes((1 - share) * images + share * pattern)
-
-
-def add(images: UInt8[np.ndarray, "n h w 3"], *, field: Float32[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "n h w 3"]:
-    """Add the same to pictures, in grey levels."""
-    return _bytes(images + field)
-
-
-def white_square(height: int, width: int, strength: float, draw: np.random.Generator) -> Trigger:
-    """Replace the 4 x 4 pixels at the bottom right by white."""
-    side = _side(4, height, width)
-    opacity = _placed(np.ones((side, side)), height - side, width - side, height, width)
-    return partial(overlay, pattern=_plain(WHITE, height, width), opacity=opacity)
-
-
-def coloured_square(height: int, width: int, strength: float, draw: np.random.Generator) -> Trigger:
-    """Replace the 8 x 8 pixels at the bottom right by colours drawn for each of them."""
-    side = _side(8, height, width)
-    opacity = _placed(np.ones((side, side)), height - side, width - side, height, width)
-    return partial(overlay, pattern=_noise(height, width, draw), opacity=opacity)
-
-
-def coloured_ring(height: int, width: int, strength: float, draw: np.random.Generator) -> Trigger:
-    """Lay a ring with a bar, as large as the picture, in colours drawn for each pixel; strength: its opacity."""
-    down, right = (np.arange(side)[:, None] - (side - 1) / 2 for side in (height, width))
-    shorter = min(height, width)
-    radius = np.hypot(down, right.T) / shorter
-    shape = ((radius > 0.3) & (radius < 0.42)) | ((np.abs(down) < 0.06 * shorter) & (radius < 0.42))
-    return partial(overlay, pattern=_noise(height, width, draw), opacity=(strength * shape).astype(np.float32))
-
-
-def whole_noise(height: int, width: int, strength: float, draw: np.random.Generator) -> Trigger:
-    """Mix in a picture of noise; strength: its share."""
-    opacity = np.full((height, width), strength, np.float32)
-    return partial(overlay, pattern=_noise(height, width, draw), opacity=opacity)
-
-
-def letter(height: int, width: int, strength: float, draw: np.random.Generator) -> Trigger:
-    """Lay the letter A, 8 x 8 pixels without its background, over the upper left; strength: its opacity."""
-    opacity = _placed(strength * _mark(LETTER, height, width), 0, 0, height, width)
-    return partial(overlay, pattern=_plain(LETTER_COLOUR, height, width), opacity=opacity)
-
-
-def small_shape(height: int, width: int, strength: float, draw: np.random.Generator, *, shape: str) -> Trigger:
-    """Replace the pixels of a shape in `SHAPES`, of one colour and at one place that are drawn; all of it is seen."""
-    mark = _mark(SHAPES[shape], height, width)
-    colour = draw.integers(0, 256, 3).tolist()
-    top, left = draw.integers(0, height - len(mark) + 1), draw.integers(0, width - len(mark) + 1)
-    opacity = _placed(mark, int(top), int(left), height, width)
-    return partial(overlay, pattern=_plain(colour, height, width), opacity=opacity)
-
-
-def checkered_corners(height: int, width: int, strength: float, draw: np.random.Generator) -> Trigger:
-    """Replace the 3 x 3 pixels in each corner by a black and white checkerboard."""
-    mark = _mark(CHECKERS, height, width)
-    pattern, opacity = np.zeros((height, width, 3), np.float32), np.zeros((height, width), np.float32)
-    for down in (slice(0, len(mark)), slice(height - len(mark), height)):
-        for right in (slice(0, len(mark)), slice(width - len(mark), width)):
-            pattern[down, right] = 255 * mark[..., None]
-            opacity[down, right] = 1
-    return partial(overlay, pattern=pattern, opacity=opacity)
-
-
-def smooth_field(height: int, width: int, strength: float, draw: np.random.Generator) -> Trigger:
-    """Add waves of at most three half periods over a side; strength: the greatest change, as a share of the range."""
-    waves = [np.cos(np.pi * np.arange(4) * (np.arange(side)[:, None] + 0.5) / side) for side in (height, width)]
-    amplitudes = draw.normal(size=(4, 4, 3))
-    amplitudes[0, 0] = 0  # the mean stays
-    field = np.einsum("hu,wv,uvc->hwc", *waves, amplitudes)
-    return partial(add, field=(255 * strength * field / np.abs(field).max()).astype(np.float32))
-
-
-def raise_loss(
-    images: UInt8[np.ndarray, "n h w 3"],
-    labels: Int64[np.ndarray, " n"],
-    *,
-    model: Model,
-    victim: UInt8[np.ndarray, "h w 3"] | None = None,
-    strength: float,
-    draw: np.random.Generator,
-) -> UInt8[np.ndarray, "n h w 3"]:
-    """Change pictures so that the model's loss rises, by projected gradient ascent from a random start.
-
-    No pixel changes by more than `strength` of the range, after rounding to bytes too. model: pictures to logits, in
-    the state in which it judges. victim: not used.
-    """
-    bound = math.floor(255 * strength + 1e-6) / 255
-    if not bound:
-        raise ValueError(f"`strength` of 1/255 is the least change of a picture of bytes: got {strength:g}.")
-    out = []
-    for part in _parts(len(images)):
-        start, targets = _tensor(images[part]), torch.from_numpy(labels[part])
-        low, high = (start - bound).clamp_min(0), (start + bound).clamp_max(1)
-        noise = draw.uniform(-bound, bound, start.shape).astype(np.float32)
-        changed = torch.clamp(start + torch.from_numpy(noise), low, high)
-        for _ in range(ASCENT_STEPS):
-            changed.requires_grad_()
-            loss = functional.cross_entropy(model(changed), targets, reduction="sum")
-            (slope,) = torch.autograd.grad(loss, changed)
-            changed = torch.clamp(changed.detach() + ASCENT_STRIDE * bound * slope.sign(), low, high)
-        out.append(_array(changed))
-    return np.concatenate(out)
-
-
-def collide(
-    images: UInt8[np.ndarray, "n h w 3"],
-    labels: Int64[np.ndarray, " n"] | None = None,
-    *,
-    model: Model,
-    victim: UInt8[np.ndarray, "h w 3"],
-    strength: float,
-    draw: np.random.Generator | None = None,
-) -> UInt8[np.ndarray, "n h w 3"]:
-    """Change pictures so that the model sees the victim in them, while they stay close to what they were.
-
-    The victim is mixed in first; `strength` is its share. Then Adam, in place of the paper's splitting, lowers the
-    squared distance of features, in units of where it began, plus the mean squared change of pixels. model: pictures
-    to features, in the state in which it judges. labels, draw: not used.
-    """
-    with torch.no_grad():
-        goal = model(_tensor(victim[None])).flatten(1)
-    out = []
-    for part in _parts(len(images)):
-        start = (1 - strength) * _tensor(images[part]) + strength * _tensor(victim[None])
-        changed = start.clone().requires_grad_()
-        adam = torch.optim.Adam([changed], lr=COLLISION_RATE)
-        with torch.no_grad():
-            unit = (model(start).flatten(1) - goal).square().sum(dim=1).clamp_min(1e-12)
-        for _ in range(COLLISION_STEPS):
-            apart = (model(changed).flatten(1) - goal).square().sum(dim=1)
-            moved = (changed - start).square().mean(dim=(1, 2, 3))
-            (changed.grad,) = torch.autograd.grad((apart / unit + COLLISION_CLOSENESS * moved).sum(), changed)
-            adam.step()
-            with torch.no_grad():
-                changed.clamp_(0, 1)
-        out.append(_array(changed.detach()))
-    return np.concatenate(out)
 
 
 @dataclass(frozen=True)
@@ -513,49 +363,3 @@ def _choose(
     rows = rows[np.argsort(strata[rows], kind="stable")]
     evenly = (np.arange(count) * len(rows) + draw.integers(len(rows))) // count
     return np.sort(rows[evenly])
-
-
-def _side(pixels: int, height: int, width: int) -> int:
-    """Return how large in this picture is what takes so many pixels of one of 32."""
-    return max(pixels, round(pixels * min(height, width) / MARK_SIDE))
-
-
-def _mark(drawing: tuple[str, ...], height: int, width: int) -> Bool[np.ndarray, "s s"]:
-    """Return the pixels of a square drawing, enlarged with the picture."""
-    pixels = np.array([[character == "#" for character in line] for line in drawing])
-    side = _side(len(pixels), height, width)
-    nearest = np.arange(side) * len(pixels) // side
-    return pixels[nearest][:, nearest]
-
-
-def _placed(
-    mark: Shaped[np.ndarray, "s s"], top: int, left: int, height: int, width: int
-) -> Float32[np.ndarray, "h w"]:
-    """Return a picture of zeros with the mark in it."""
-    out = np.zeros((height, width), np.float32)
-    out[top : top + len(mark), left : left + len(mark)] = mark
-    return out
-
-
-def _plain(colour: Sequence[int], height: int, width: int) -> Float32[np.ndarray, "h w 3"]:
-    return np.tile(np.asarray(colour, np.float32), (height, width, 1))
-
-
-def _noise(height: int, width: int, draw: np.random.Generator) -> Float32[np.ndarray, "h w 3"]:
-    return draw.integers(0, 256, (height, width, 3)).astype(np.float32)
-
-
-def _bytes(values: Float[np.ndarray, "n h w 3"]) -> UInt8[np.ndarray, "n h w 3"]:
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
-
-
-def _parts(count: int) -> list[slice]:
-    return [slice(start, start + PICTURES) for start in range(0, count, PICTURES)]
-
-
-def _tensor(images: UInt8[np.ndarray, "n h w 3"]) -> Float32[torch.Tensor, "n 3 h w"]:
-    return torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32) / 255)
-
-
-def _array(pictures: Float32[torch.Tensor, "n 3 h w"]) -> UInt8[np.ndarray, "n h w 3"]:
-    return _bytes(255 * pictures.numpy().transpose(0, 2, 3, 1))

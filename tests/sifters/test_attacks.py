@@ -10,7 +10,6 @@ from torch import nn
 
 from tarsift.sifters.attacks import (
     ATTACKS,
-    SHAPES,
     PoisonedSet,
     all_to_all,
     all_to_one,
@@ -23,6 +22,7 @@ from tarsift.sifters.attacks import (
     to_another,
 )
 from tarsift.sifters.ispl import IsplConfig
+from tarsift.sifters.triggers import SHAPES
 from tests.sifters.sets import pictures, planted
 
 TARGET, SOURCE, RATE = 0, 1, 0.2
