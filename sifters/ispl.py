@@ -20,11 +20,9 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch.nn import functional
 
-from tarsift.sifters.result import SiftResult
+from tarsift.sifters.result import SiftResult, State
 from tarsift.sifters.settings import IsplConfig
 from tarsift.sifters.training import LabelledSet
-
-State = dict[str, np.ndarray]  # of a search that is under way, to go on from
 
 
 def ispl(

@@ -29,6 +29,7 @@ slopes of random sign and on small sets keeps them (it then prefers poison):
 from __future__ import annotations
 
 import copy
+import io
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -42,11 +43,12 @@ from torch.nn import functional
 
 from tarsift.sifters.inputs import Inputs, as_inputs
 from tarsift.sifters.networks import build_network
-from tarsift.sifters.result import SiftResult, check_labels
+from tarsift.sifters.result import SiftResult, State, check_labels
 from tarsift.sifters.settings import MetaSiftConfig
 
 FULL_ROUNDS = 390  # of a published run (CIFAR-10, batches of 128), for which psi's rate is meant
 FEWEST_STEPS = 40  # of warm-up and of rounds: a small set is gone through more often than `epochs` says
+STEPS_KEPT = 100  # at least, from one state that is saved to the next
 TOTAL_WEIGHT = 1e-4  # weights of a batch that sum to less are not normalised
 
 Parameters = dict[str, torch.Tensor]
@@ -104,12 +106,16 @@ def meta_sift(
     seed: int = 0,
     device: str | torch.device = "cpu",
     on_step: Callable[[int, int], None] = lambda step, steps: None,
+    state: State | None = None,
+    save: Callable[[State], None] = lambda state: None,
 ) -> SiftResult:
     """Score how far each sample is from being surely clean.
 
     images: pictures uint8 (n, h, w, 3), or features (n, d) or (views, n, d), the plain view first; of an encoder that
     never saw this set. labels: given classes, 0 and up; those that do not occur do not matter. on_step: told the steps
-    done and their number.
+    done and their number. save: given what there is after an epoch, unless that is soon after another; state: the last
+    of these, of a run with the same arguments that was broken off. On a CPU the result is the same, bit for bit, as
+    that of a run that was not.
 
     Returns a result whose `score` is the mean over sifters of 1 - weight, 0 = clean to 1; select by `clean_base_set`,
     which ranks within classes. `details`: `diluted_loss`, the mean loss of the same diluted copies, which is the
@@ -125,9 +131,13 @@ def meta_sift(
     team = _Team(inputs, targets, classes, config, seed)
     batch = min(config.batch_size, len(inputs))
     warmup, rounds = (_steps(epochs, len(inputs), batch) for epochs in (config.warmup_epochs, config.epochs))
-    for step, rows in enumerate(team.orders(batch, warmup + rounds)):
-        team.learn(rows) if step < warmup else team.sift(rows)
-        on_step(step + 1, warmup + rounds)
+    kept = team.restore(state) if state is not None else 0
+    for done, rows in enumerate(team.orders(batch, warmup + rounds, first=kept), kept + 1):
+        team.learn(rows) if done <= warmup else team.sift(rows)
+        if done % (len(inputs) // batch) == 0 and kept + STEPS_KEPT <= done < warmup + rounds:
+            kept = done
+            save(team.state(done))
+        on_step(done, warmup + rounds)
     losses = team.judge()
     doubt, falls = team.doubt(losses)
     if not falls.any():
@@ -174,11 +184,14 @@ class _Team:
         )
         self.draw = torch.Generator(inputs.device).manual_seed(seeds[-1])
 
-    def orders(self, batch: int, steps: int) -> Iterator[Int64[torch.Tensor, "m b"]]:
-        """Yield the rows of each step; every sifter goes through all samples in an order of its own."""
+    def orders(self, batch: int, steps: int, *, first: int = 0) -> Iterator[Int64[torch.Tensor, "m b"]]:
+        """Yield the rows of each step, from the first of an epoch; every sifter goes through all samples in its order.
+
+        The order of an epoch is drawn when it begins.
+        """
         n, m = len(self.inputs), self.config.sifters
         per_epoch = n // batch
-        for step in range(steps):
+        for step in range(first, steps):
             if step % per_epoch == 0:
                 order = torch.stack(
                     [torch.randperm(n, generator=self.draw, device=self.inputs.device) for _ in range(m)]
@@ -220,6 +233,34 @@ class _Team:
         with torch.no_grad():
             again = normalised(self._weights(losses))
         self._descend(self.classifier_steps, (again * losses).sum())
+
+    @property
+    def _tensors(self) -> list[Parameters]:
+        stacked = [self.classifier, self.weigher, *self.samplers.values()]
+        return [tensors for each in stacked for tensors in (each.parameters, each.buffers)]
+
+    @property
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return [steps for steps in (self.classifier_steps, self.weigher_steps, self.sampler_steps) if steps is not None]
+
+    def state(self, done: int) -> State:
+        """Return all that a later run needs to go on after so many steps, at the end of an epoch."""
+        sink = io.BytesIO()
+        steps = [optimizer.state_dict() for optimizer in self._optimizers]
+        torch.save({"tensors": self._tensors, "steps": steps, "draw": self.draw.get_state()}, sink)
+        return {"done": np.array(done), "team": np.frombuffer(sink.getvalue(), np.uint8)}
+
+    def restore(self, state: State) -> int:
+        """Take up a state that `state` gave; return the steps that were done."""
+        kept = torch.load(io.BytesIO(state["team"].tobytes()), map_location=self.inputs.device, weights_only=True)
+        with torch.no_grad():
+            for mine, theirs in zip(self._tensors, kept["tensors"], strict=True):
+                for name, value in mine.items():
+                    value.copy_(theirs[name])
+        for optimizer, steps in zip(self._optimizers, kept["steps"], strict=True):
+            optimizer.load_state_dict(steps)
+        self.draw.set_state(kept["draw"].cpu())
+        return int(state["done"])
 
     @torch.no_grad()
     def judge(self) -> Float32[np.ndarray, "m n"]:

@@ -31,7 +31,7 @@ SIFTERS: dict[str, Sifter] = {
 }
 
 
-RESUMABLE = ("ispl",)  # those that also take `state` and `save`
+RESUMABLE = ("meta-sift", "ispl")  # those that also take `state` and `save`
 
 
 def sift(

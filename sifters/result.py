@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int64
 
+State = dict[str, np.ndarray]  # of a sifter at work, for a later run to go on from
+
 
 @dataclass(frozen=True)
 class SiftResult:

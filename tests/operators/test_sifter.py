@@ -1,6 +1,7 @@
 """The sifting job and what its verdicts come to: by identity, with a reason for every sample that has none."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +21,9 @@ from tarsift.operators.sifter import (
     ranks_within,
     samples_of,
 )
+from tarsift.sifters.methods import RESUMABLE
 from tarsift.sifters.problems import Problem
-from tarsift.sifters.settings import IsplConfig, SifterConfig
+from tarsift.sifters.settings import IsplConfig, MetaSiftConfig, SifterConfig
 from tests.sifters.sets import planted
 
 
@@ -73,30 +75,40 @@ def test_a_problem_holds_the_samples_of_its_classes_alone(gathered, tmp_path):
     assert set(verdicts["shard"].to_pylist()) == {"s/1"}
 
 
-def test_ispl_goes_on_where_it_was_broken_off_but_not_under_other_settings(gathered, tmp_path, monkeypatch):
+@pytest.mark.parametrize("sifter", RESUMABLE)
+def test_a_sifter_goes_on_where_it_was_broken_off_but_not_under_other_settings(gathered, tmp_path, monkeypatch, sifter):
     folder, _ = gathered
-    quick = {"repeats": 1, "rounds": 3, "voter_epochs": 2, "self_rounds": 1}
-    config = SiftConfig(method=SifterConfig(sifter="ispl", ispl=IsplConfig(**quick)))
-    job = SiftProblem(folder, ("s/0", "s/1", "s/2"), str(tmp_path), config, fingerprint="a")
+    ispl = IsplConfig(repeats=1, rounds=3, voter_epochs=2, self_rounds=1)
+    method = SifterConfig(sifter=sifter, ispl=ispl, meta_sift=MetaSiftConfig(sifters=2, batch_size=20))
+    monkeypatch.setattr("tarsift.sifters.meta_sift.STEPS_KEPT", 25)
+    job = SiftProblem(folder, ("s/0", "s/1", "s/2"), str(tmp_path), SiftConfig(method=method), fingerprint="a")
     problem = Problem("0-0", (0, 1, 2))
+    saved, keep = [], jobs.save_state
+    monkeypatch.setattr(jobs, "save_state", lambda url, state: (keep(url, state), saved.append(url)))
     job(problem)
-    undisturbed = (tmp_path / "0-0.parquet").read_bytes()
-    voted = []
+    undisturbed, often = (tmp_path / "0-0.parquet").read_bytes(), len(saved)
+    assert often > 1
+    assert not Path(saved[0]).exists()
 
-    def count(state):
-        voted.append(int(state["place"][1]))
+    def stopped(url, state):
+        keep(url, state)
+        raise KeyboardInterrupt
 
-    keep = jobs.save_state
-    monkeypatch.setattr(jobs, "save_state", lambda url, state: (keep(url, state), count(state), 1 / (len(voted) < 2)))
-    with pytest.raises(ZeroDivisionError):
-        job(problem)
-    monkeypatch.setattr(jobs, "save_state", lambda url, state: count(state))
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "save_state", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            job(problem)
+    saved.clear()
     job(problem)
-    assert voted == [1, 2, 0]
+    assert len(saved) == often - 1
     assert (tmp_path / "0-0.parquet").read_bytes() == undisturbed
-    voted.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "save_state", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            job(problem)
+    saved.clear()
     replace(job, fingerprint="b")(problem)
-    assert voted == [1, 2, 0]
+    assert len(saved) == often
 
 
 def test_seeds_differ_by_problem_and_not_by_place():

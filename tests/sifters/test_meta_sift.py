@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -102,6 +104,24 @@ def test_the_same_seed_gives_the_same_bytes():
     once, again, other = (meta_sift(images, labels, seed=seed).score for seed in (3, 3, 4))
     assert once.tobytes() == again.tobytes()
     assert once.tobytes() != other.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["features", "pictures"])
+@pytest.mark.parametrize("after", [0, -1])
+def test_a_run_that_was_broken_off_goes_on_where_it_was(monkeypatch, kind, after):
+    images, labels = planted(300)[:2] if kind == "features" else pictures(120, side=8)
+    config = MetaSiftConfig(sifters=2, batch_size=30, epochs=2)
+    monkeypatch.setattr(module, "STEPS_KEPT", 12)
+    states, steps = [], []
+    whole = meta_sift(images, labels, config=config, seed=2, save=lambda state: states.append(copy.deepcopy(state)))
+    assert [int(state["done"]) % (len(labels) // 30) for state in states] == [0] * len(states)
+    assert len(states) > 2
+    again = meta_sift(
+        images, labels, config=config, seed=2, state=states[after], on_step=lambda step, _: steps.append(step)
+    )
+    assert steps[0] == states[after]["done"] + 1
+    assert steps[-1] == 80
+    assert again.score.tobytes() == whole.score.tobytes()
 
 
 def test_pictures_are_sifted_as_well():
