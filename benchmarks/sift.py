@@ -10,9 +10,8 @@ sifters/ and of this file) is not run again.
     python benchmarks/sift.py --data DATA --part ispl         # attack success after training on what ISPL keeps
     python benchmarks/sift.py --table                         # what is there
 
-`--data` is the folder with `cifar10-train` and `cifar10-test` as WebDataset shards; a set is 10,000 pictures, or 5,000,
-other ones for every seed. Sifters train `small-cnn` on pictures or, where it says so, `head` on frozen features: those
-of a `small-cnn` that was trained on as many other pictures, under their true labels, and three diluted views.
+`--data` is the folder with `cifar10-train` and `cifar10-test` as WebDataset shards; a set (see sift_sets.py) is 10,000
+pictures, or 5,000. Sifters train `tiny-cnn` on pictures or, where it says so, `head` on frozen features of a witness.
 
 NCR = 100 * share of poison among what is picked / share of poison in the set: 0 is pure, 100 is random. Picked are the
 least suspicious of each class. `false` and `missed`: clean samples that are removed and poison that is not, removed
@@ -23,37 +22,32 @@ whole set was trained on, by all models together; a round of Meta-Sift counts on
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
 import json
 import os
 import statistics
-import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from measuring import RESULTS, ROOT, Cells
-from PIL import Image
-from torch import nn
+from sift_sets import NETWORK, SAMPLES, Cell, code_digest, labelled, poisoned, read_pictures, shown
 
-from tarsift.sifters.attacks import ATTACKS, PoisonedSet, as_rate, ispl_partition, poison_set
+from tarsift.sifters.attacks import PoisonedSet
 from tarsift.sifters.baselines import BASELINES, BaselineConfig, sift_by
-from tarsift.sifters.inputs import Pixels, as_inputs
+from tarsift.sifters.inputs import Pixels
 from tarsift.sifters.ispl import IsplConfig, ispl
 from tarsift.sifters.meta_sift import MetaSiftConfig, meta_sift
 from tarsift.sifters.result import SiftResult, clean_base_set
-from tarsift.sifters.training import FitConfig, LabelledSet, Learner
+from tarsift.sifters.training import Learner
 
 SEEDS, TUNING_SEEDS = (1, 2, 3), (0, 5)
-SAMPLES, FEWER, TINY_SAMPLES = 10_000, 5_000, 150
+FEWER, TINY_SAMPLES = 5_000, 150
 SHARES = {"badnets": 1 / 3, "targeted_flip": 1 / 6}  # of what bears the target's label afterwards: 5 % and 2 % of all
-CAT, DOG = 3, 5  # source and target of Meta-Sift's attacks
 SIZES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # of what is picked, as parts of the set
 SHOWN = (0.01, 0.02, 0.05)
 REMOVED = 0.1  # by methods that only rank
@@ -64,8 +58,7 @@ ABLATIONS: tuple[dict[str, Any], ...] = (  # of five sifters with dilution
     {}, {"sifters": 3}, {"sifters": 1}, {"diluted": False}, {"sifters": 3, "diluted": False},
     {"sifters": 1, "diluted": False},
 )  # fmt: skip
-FINAL_EPOCHS, WITNESS_EPOCHS, DILUTED_VIEWS = 20, 20, 3
-SHARDS_PER_SEED = 10
+FINAL_EPOCHS, WITNESS_EPOCHS = 20, 20
 TRIED: dict[str, tuple[dict[str, Any], ...]] = {
     "meta_sift": ({}, {"epochs": 2}, {"rate": 3e-3}, {"weight_rate": 0.02}),
     "diluted_loss": ({}, {"diluted_epochs": 4}),
@@ -81,37 +74,6 @@ TINY: dict[str, dict[str, Any]] = {
         "fit": {"batch_size": 16},
     },
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A poisoned set and what is done with it.
-
-    Attributes:
-        method: `meta_sift`, `ispl`, a name in BASELINES, or `none`: only the training at the end.
-        share: of what the attack's `rate_of` says.
-        witness_epochs: of the network whose features are sifted; 0: pictures are.
-        adaptive: poison is spread over the sets into which ISPL takes apart the clean set.
-        settings: of the method, as its config takes them.
-        final_epochs: of the model that is trained on what is kept, and of those it is compared with; 0: none is.
-    """
-
-    method: str
-    attack: str
-    share: float
-    seed: int
-    samples: int = SAMPLES
-    source: int = CAT
-    target: int = DOG
-    witness_epochs: int = 0
-    adaptive: bool = False
-    settings: dict[str, Any] = field(default_factory=dict)
-    final_epochs: int = 0
-
-    @property
-    def needed(self) -> dict[str, Any]:
-        """Return the classes that the attack must be told."""
-        return {name: getattr(self, name) for name in ATTACKS[self.attack].needs}
 
 
 def protocol(method: str, seeds: tuple[int, ...], **options: Any) -> list[Cell]:
@@ -185,70 +147,6 @@ def tiny(cells: list[Cell]) -> list[Cell]:
     return out
 
 
-def read_pictures(shards: list[Path], most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first pictures (m, 32, 32, 3) uint8 of shards and their classes (m,)."""
-    pictures, labels = [], []
-    for shard in shards:
-        if len(labels) >= most:
-            break
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                content = tar.extractfile(member)
-                if content and member.name.endswith(".jpg"):
-                    pictures.append(np.asarray(Image.open(io.BytesIO(content.read())).convert("RGB")))
-                elif content and member.name.endswith(".cls"):
-                    labels.append(int(content.read()))
-    return np.stack(pictures[:most]), np.array(labels[:most], np.int64)
-
-
-def training_set(cell: Cell, data: Path, *, other: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Return the cell's pictures and classes; other: as many that are not among them, for the witness."""
-    shards = sorted((data / "cifar10-train").glob("*.tar.gz"))
-    first = (cell.seed + other) * SHARDS_PER_SEED
-    return read_pictures([shards[(first + i) % len(shards)] for i in range(SHARDS_PER_SEED)], cell.samples)
-
-
-def witness_of(cell: Cell, data: Path, cache: Path) -> nn.Module:
-    """Return the network whose features are sifted, trained once and kept."""
-    place = cache / f"witness-{code_digest()}-{cell.seed}-{cell.samples}-{cell.witness_epochs}.pt"
-    images, labels = training_set(cell, data, other=True)
-    given = LabelledSet(images, labels, network="small-cnn", fit=FitConfig(), seed=cell.seed, device="cpu")
-    learner = given.fresh()
-    if place.exists():
-        learner.net.load_state_dict(torch.load(place, weights_only=True))
-    else:
-        learner.fit(given.rows, epochs=cell.witness_epochs, draw=given.draw)
-        cache.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_suffix(f".{os.getpid()}.pt")
-        torch.save(learner.net.state_dict(), temporary)
-        temporary.replace(place)
-    return learner.net.eval()
-
-
-def shown(cell: Cell, images: np.ndarray, data: Path, cache: Path) -> np.ndarray:
-    """Return what is sifted: the pictures, or features (views, n, d), the plain view first."""
-    if not cell.witness_epochs:
-        return images
-    encode = nn.Sequential(*list(witness_of(cell, data, cache).children())[:-1])
-    inputs, draw = as_inputs(images), torch.Generator().manual_seed(cell.seed)
-    rows = torch.arange(len(inputs)).split(500)
-    with torch.no_grad():
-        views = [torch.cat([encode(inputs.plain(part)) for part in rows])]
-        views += [torch.cat([encode(inputs.diluted(part, draw)) for part in rows]) for _ in range(DILUTED_VIEWS)]
-    return torch.stack(views).numpy()
-
-
-def poisoned(cell: Cell, data: Path, cache: Path) -> PoisonedSet:
-    """Return the cell's set."""
-    images, labels = training_set(cell, data)
-    rate = as_rate(cell.attack, cell.share, labels, **cell.needed)
-    strata = None
-    if cell.adaptive:
-        clean = shown(cell, images, data, cache)
-        strata = ispl_partition(clean, labels, config=IsplConfig(**cell.settings), seed=cell.seed)
-    return poison_set(images, labels, cell.attack, rate=rate, seed=cell.seed, strata=strata, **cell.needed)
-
-
 @contextmanager
 def counted() -> Iterator[list[int]]:
     """Note how many samples each call of `Learner.fit` trains on, epochs included."""
@@ -268,15 +166,16 @@ def counted() -> Iterator[list[int]]:
 
 def sift(cell: Cell, x: np.ndarray, labels: np.ndarray) -> tuple[SiftResult, float]:
     """Return a method's verdict, and how many epochs it has trained."""
+    settings = {"network": NETWORK if x.dtype == np.uint8 else None, **cell.settings}
     if cell.method == "meta_sift":
-        config, steps = MetaSiftConfig(**cell.settings), [0]
+        config, steps = MetaSiftConfig(**settings), [0]
         result = meta_sift(x, labels, config=config, seed=cell.seed, on_step=lambda step, _: steps.append(step))
         return result, config.sifters * steps[-1] * min(config.batch_size, len(labels)) / len(labels)
     with counted() as counts:
         if cell.method == "ispl":
-            result = ispl(x, labels, config=IsplConfig(**cell.settings), seed=cell.seed)
+            result = ispl(x, labels, config=IsplConfig(**settings), seed=cell.seed)
         else:
-            result = sift_by(cell.method, x, labels, config=BaselineConfig(**cell.settings), seed=cell.seed)
+            result = sift_by(cell.method, x, labels, config=BaselineConfig(**settings), seed=cell.seed)
     return result, sum(counts) / len(labels)
 
 
@@ -301,7 +200,7 @@ def after_training(cell: Cell, made: PoisonedSet, kept: np.ndarray, data: Path) 
     An epoch goes through the rows in random order and begins anew until it has as many as the set; where nothing is
     kept, nothing is learned.
     """
-    given = LabelledSet(made.images, made.labels, network="small-cnn", fit=FitConfig(), seed=cell.seed, device="cpu")
+    given = labelled(made.images, made.labels, cell)
     learner, rows = given.fresh(), torch.from_numpy(np.flatnonzero(kept))
     for _ in range(cell.final_epochs if len(rows) else 0):
         order = rows[torch.randperm(len(rows), generator=given.draw)]
@@ -343,14 +242,6 @@ def run_cell(job: tuple[Cell, Path, Path]) -> dict[str, Any]:
     if cell.final_epochs:
         line["after"] = {name: after_training(cell, made, rows, data) for name, rows in kept.items()}
     return line
-
-
-def code_digest() -> str:
-    """Return 12 hex digits of the code of the sifters and of this file."""
-    digest = hashlib.sha256()
-    for path in (*sorted((ROOT / "sifters").glob("*.py")), Path(__file__)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def run(chosen: list[Cell], data: Path, cache: Path, results: Path, *, processes: int) -> None:

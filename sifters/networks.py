@@ -103,6 +103,7 @@ def resnet(channels: int, classes: int, *, depth: int) -> nn.Module:
 # Each takes the length of features or the channels of pictures, and the number of classes.
 NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "head": Head,
+    "tiny-cnn": partial(SmallCnn, width=16),
     "small-cnn": SmallCnn,
     "preact-resnet18": preact_resnet18,
     "resnet32": resnet32,

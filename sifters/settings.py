@@ -10,7 +10,9 @@ SifterName = Literal[
     "meta-sift", "ispl", "diluted-loss", "dcm", "mi-dcm", "sf-least", "loss-scan", "self-if", "activation-clustering",
     "spectral-signatures", "itlm",
 ]  # fmt: skip
-NetworkName = Literal["head", "small-cnn", "preact-resnet18", "resnet32", "resnet18", "resnet34", "resnet50"]
+NetworkName = Literal[
+    "head", "tiny-cnn", "small-cnn", "preact-resnet18", "resnet32", "resnet18", "resnet34", "resnet50"
+]  # fmt: skip
 
 
 class RoutingConfig(BaseModel, frozen=True, extra="forbid"):
