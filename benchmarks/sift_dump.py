@@ -2,7 +2,8 @@
 
 A cell's samples are routed by their captions as its witness sees them, and sifted on the witness's features with three
 diluted views, in problems as `tarsift sift` makes them. Beside the density's recall at some fractions removed stands
-that of both verdicts together (`suspicion_sifted`) for several weights, and what each sifter's rank finds by itself.
+that of both verdicts together (`suspicion_sifted`) for several weights, what each sifter's rank finds by itself, and
+what the witness finds without any training: SafeCLIP's mixture, and the entropy of its guess among the classes.
 
     python benchmarks/sift_dump.py --data DATA --part tuning        # the weight and the sifter are chosen here
     python benchmarks/sift_dump.py --data DATA --part reporting
@@ -35,8 +36,9 @@ from tarsift.operators.shards import ReadShard, list_shards
 from tarsift.operators.sift_settings import SiftConfig
 from tarsift.operators.sifter import SIFTED, JoinVerdicts, choose_classes, problem_seed, ranks_within
 from tarsift.pipelines.poison import poison_here
+from tarsift.sifters.baselines import clip_entropy
 from tarsift.sifters.methods import sift
-from tarsift.sifters.problems import classes_by_caption, make_problems
+from tarsift.sifters.problems import ClassRule, classes_by_caption, make_problems
 from tarsift.sifters.settings import RoutingConfig, SifterConfig, SifterName
 
 SIFTERS: tuple[SifterName, ...] = ("diluted-loss", "meta-sift", "ispl", "dcm", "loss-scan", "self-if")
@@ -75,9 +77,14 @@ def run_cell(job: tuple[Cell, SifterName, Path, Path]) -> dict[str, Any]:
     columns = score(made.arrays)
     density = columns["suspicion"]
     start = time.process_time()
-    table = sifted_table(made.arrays, density, views_of(cell, data, cache), sifter)
+    rule, labels = route(made.arrays)
+    table = sifted_table(made.arrays, density, views_of(cell, data, cache), rule, labels, sifter)
     rank = np.nan_to_num(np.asarray(table["sift_rank"].to_numpy(zero_copy_only=False)), nan=0.5)
+    entropy = np.full(len(labels), np.nan)
+    routed = labels >= 0
+    entropy[routed] = clip_entropy(made.arrays["witness_images"][routed], rule.centers, labels[routed]).score
     found = {"density": figures(density, poison), "rank": figures(rank, poison)}
+    found |= {"safe_clip": figures(columns["caption_unmatched"], poison), "clip_entropy": figures(entropy, poison)}
     for weight in WEIGHTS:
         found[f"both_{weight:g}"] = figures(both(density, rank, weight), poison)
     status = table["sift_status"].to_pylist()
@@ -95,12 +102,23 @@ def both(density: np.ndarray, rank: np.ndarray, weight: float) -> np.ndarray:
     return density + np.maximum(density, 0) * weight * np.maximum(2 * rank - 1, 0)
 
 
-def sifted_table(arrays: dict[str, np.ndarray], density: np.ndarray, views: np.ndarray, sifter: SifterName) -> pa.Table:
-    """Route and sift, as the passes of `tarsift.pipelines.sift` do; return what `JoinVerdicts` makes of it."""
-    config = SiftConfig(routing=ROUTING, method=SifterConfig(sifter=sifter))
+def route(arrays: dict[str, np.ndarray]) -> tuple[ClassRule, np.ndarray]:
+    """Return the classes that captions fall into, and that of each sample, -1 for none."""
     captions = unit_norm(arrays["witness_texts"])
     rule = classes_by_caption(captions, len(captions), ROUTING)
-    labels, _ = rule.assign(captions)
+    return rule, rule.assign(captions)[0]
+
+
+def sifted_table(
+    arrays: dict[str, np.ndarray],
+    density: np.ndarray,
+    views: np.ndarray,
+    rule: ClassRule,
+    labels: np.ndarray,
+    sifter: SifterName,
+) -> pa.Table:
+    """Sift routed samples, as the passes of `tarsift.pipelines.sift` do; return what `JoinVerdicts` makes of it."""
+    config = SiftConfig(routing=ROUTING, method=SifterConfig(sifter=sifter))
     classes = len(rule.centers)
     suspect = density >= np.quantile(density, 1 - config.suspect_fraction)
     ids, counts = np.unique(arrays["ids"], return_counts=True)
