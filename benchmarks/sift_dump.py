@@ -84,7 +84,7 @@ def run_cell(job: tuple[Cell, SifterName, Path, Path]) -> dict[str, Any]:
     routed = labels >= 0
     entropy[routed] = clip_entropy(made.arrays["witness_images"][routed], rule.centers, labels[routed]).score
     found = {"density": figures(density, poison), "rank": figures(rank, poison)}
-    found |= {"safe_clip": figures(columns["caption_unmatched"], poison), "clip_entropy": figures(entropy, poison)}
+    found |= {"safeclip": figures(columns["safeclip"], poison), "clip_entropy": figures(entropy, poison)}
     for weight in WEIGHTS:
         found[f"both_{weight:g}"] = figures(both(density, rank, weight), poison)
     status = table["sift_status"].to_pylist()
