@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
-EXTRAS := cpu,train,s3,test
+EXTRAS := cpu,train,influence,s3,test
 OUT ?= demo-out
 
 .PHONY: setup demo test slow check fuzz coverage constraints clean
@@ -47,7 +47,7 @@ coverage: setup
 
 # Resolve afresh and write down what was chosen: name==version of every package, no address.
 constraints:
-	.uv/bin/uv pip compile --quiet --no-annotate --no-header --no-emit-index-url --no-emit-find-links --python-version 3.11 --extra cpu --extra train --extra s3 --extra test --extra fuzz pyproject.toml -o constraints.txt
+	.uv/bin/uv pip compile --quiet --no-annotate --no-header --no-emit-index-url --no-emit-find-links --python-version 3.11 --extra cpu --extra train --extra influence --extra s3 --extra test --extra fuzz pyproject.toml -o constraints.txt
 
 clean:
 	rm -rf $(VENV) .uv .links build *.egg-info

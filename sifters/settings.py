@@ -111,3 +111,19 @@ class SifterConfig(BaseModel, frozen=True, extra="forbid"):
         """The settings of the chosen sifter, with the network put in."""
         chosen = {"meta-sift": self.meta_sift, "ispl": self.ispl}.get(self.sifter, self.baseline)
         return chosen.model_copy(update={"network": self.network})
+
+
+class TraceConfig(BaseModel, frozen=True, extra="forbid"):
+    """Settings of Delta-Influence; those of the paper but for `relative`, which it has not."""
+
+    transforms: int = Field(default=50, ge=1, description="n_b: changed copies of a query")
+    threshold: float = Field(default=0.0, description="tau: influence collapses where it changes by less")
+    tolerated: int = Field(default=1, ge=0, description="n_tol: copies at most under which it need not collapse")
+    relative: float = Field(default=0.5, gt=0, le=2, description="a sample is traced by its relative score from here")
+    hessian: Literal["ekfac", "identity"] = Field(
+        default="ekfac", description="the curvature: by kronfluence (extra `influence`), or none"
+    )
+    curvature_samples: int = Field(
+        default=2000, ge=1, description="that the eigenvalues of the curvature are fitted on"
+    )
+    batch_size: int = Field(default=64, ge=1, description="training samples whose slopes are held at a time")

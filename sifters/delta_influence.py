@@ -1,0 +1,88 @@
+"""Delta-Influence: which training samples made a model say what it says of a query?
+
+Li et al. 2024 (arXiv 2411.13731). A sample that planted a misbehaviour supports it as long as the trigger is there and
+the target is asked for; change the picture and the label, and its support collapses. That of other samples does not,
+or not under every change. With I the influence on a query (see influence.py), and T_j changes of picture and label,
+
+    D_j(z) = I(z, T_j(q)) - I(z, q),    count(z) = #{j: D_j(z) < tau},    traced: count(z) >= n_b - n_tol
+
+Most of what that rule finds beside the poison are other samples of the target class, whose slopes are large. The
+*relative* score leaves the length of the sample's own slope out, and ranks:
+
+    relative(z) = -max_j D_j(z) / max_j |I(z, .)|,    traced: relative(z) >= 0.5
+
+It is above 0 exactly where the count is n_b with tau = 0, and 1 where support falls to 0 under every change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int64, UInt8
+
+from tarsift.sifters.settings import TraceConfig
+from tarsift.sifters.transforms import changed
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What was found of n training samples.
+
+    score: higher = more likely behind the misbehaviour: the relative score, the lowest over queries. influence: on the
+    queries as they are, (q, n). counts: changes under which it collapses, (q, n). traced: by the relative score;
+    by_count: by the paper's rule, under every query.
+    """
+
+    score: Float32[np.ndarray, " n"]
+    influence: Float32[np.ndarray, "q n"]
+    counts: Int64[np.ndarray, "q n"]
+    traced: Bool[np.ndarray, " n"]
+    by_count: Bool[np.ndarray, " n"]
+
+
+def queries_of(
+    picture: UInt8[np.ndarray, "h w 3"],
+    says: int,
+    labels: int,
+    config: TraceConfig | None = None,
+    *,
+    seed: int = 0,
+    change: str = "both",
+) -> tuple[UInt8[np.ndarray, "b h w 3"], Int64[np.ndarray, " b"]]:
+    """Return a query and its changed copies: pictures, the given one first, and what is to be said of each.
+
+    says: what the model says of it, of 0 to labels - 1; the copies get any other, drawn evenly. change: `both`, or for
+    comparison only the `picture` or only the `label`.
+
+    Raises:
+        ValueError: `says` is no label, or there is no other.
+    """
+    config = config or TraceConfig()
+    if not 0 <= says < labels or labels < 2:
+        raise ValueError(f"`says` must be one of two labels or more, 0 to {labels - 1}: got {says}.")
+    copies = changed(picture, config.transforms, seed=seed) if change != "label" else [picture] * config.transforms
+    others = (says + np.random.default_rng([seed, 1411]).integers(1, labels, config.transforms)) % labels
+    said = others if change != "picture" else np.full(config.transforms, says)
+    return np.stack([picture, *copies]), np.concatenate([[says], said]).astype(np.int64)
+
+
+def judge(influences: Sequence[Float[np.ndarray, "b n"]], config: TraceConfig | None = None) -> Traced:
+    """Return what the influences on queries, each one as it is and then its changed copies, say of the samples."""
+    config = config or TraceConfig()
+    plain, counts, relative = [], [], []
+    for found in influences:
+        drop = found[1:] - found[0]
+        plain.append(found[0])
+        counts.append((drop < config.threshold).sum(axis=0))
+        largest = np.abs(found).max(axis=0)
+        relative.append(-drop.max(axis=0) / np.where(largest > 0, largest, 1))
+    score, collapses = np.stack(relative).min(axis=0), np.stack(counts)
+    return Traced(
+        score=score.astype(np.float32),
+        influence=np.stack(plain).astype(np.float32),
+        counts=collapses,
+        traced=score >= config.relative,
+        by_count=np.all(collapses >= len(influences[0]) - 1 - config.tolerated, axis=0),
+    )

@@ -1,0 +1,65 @@
+"""Delta-Influence: support that collapses under every change is told from support that does not."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from tarsift.sifters.delta_influence import judge, queries_of
+from tarsift.sifters.influence import Classifier, fit_factors, has_kronfluence, influences
+from tarsift.sifters.settings import TraceConfig
+from tests.sifters.digits import TARGET, as_floats, trained_on_a_patch
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+
+
+def test_a_query_comes_first_and_its_copies_say_anything_else():
+    pictures, says = queries_of(PICTURE, 2, 5, TraceConfig(transforms=200))
+    assert (pictures[0] == PICTURE).all()
+    assert says[0] == 2
+    assert set(says[1:].tolist()) == {0, 1, 3, 4}
+    assert np.mean([(p != PICTURE).any() for p in pictures[1:]]) > 0.9
+
+
+def test_of_a_comparison_only_one_thing_changes():
+    pictures, says = queries_of(PICTURE, 2, 5, change="label")
+    assert (pictures == PICTURE).all()
+    assert 2 not in says[1:]
+    pictures, says = queries_of(PICTURE, 2, 5, change="picture")
+    assert (says == 2).all()
+    assert (pictures[1:] != PICTURE).any()
+
+
+@pytest.mark.parametrize(("says", "labels"), [(5, 5), (-1, 5), (0, 1)])
+def test_a_label_that_is_none_is_refused(says, labels):
+    with pytest.raises(ValueError, match="`says`"):
+        queries_of(PICTURE, says, labels)
+
+
+def test_the_rules_by_hand():
+    #                    collapses  halves  stays  against  once not  nothing
+    influence = np.array([[4.0, 4.0, 4.0, -2.0, 4.0, 0.0],
+                          [0.0, 2.0, 5.0, -1.0, 0.0, 0.0],
+                          [-4.0, 2.0, 4.0, -3.0, 5.0, 0.0]])  # fmt: skip
+    found = judge([influence], TraceConfig(transforms=2, tolerated=0))
+    assert found.counts.tolist() == [[2, 2, 0, 1, 1, 0]]
+    assert found.score == pytest.approx([1.0, 0.5, -0.2, -1 / 3, -0.2, 0.0])
+    assert found.traced.tolist() == [True, True, False, False, False, False]
+    assert found.by_count.tolist() == [True, True, False, False, False, False]
+    assert judge([influence], TraceConfig(transforms=2, tolerated=1)).by_count.tolist() == [1, 1, 0, 1, 1, 0]
+    both = judge([influence, influence[:, ::-1]], TraceConfig(transforms=2, tolerated=0))
+    assert not both.by_count.any()
+    assert both.score[0] == 0.0
+
+
+@pytest.mark.skipif(not has_kronfluence(), reason="no kronfluence")
+def test_a_patch_in_digits_is_traced():
+    made = trained_on_a_patch(seed=0)
+    subject, data = Classifier(made.net), TensorDataset(as_floats(made.images), torch.from_numpy(made.labels))
+    config = TraceConfig()
+    pictures, says = queries_of(made.query, TARGET, 10, config)
+    asked = TensorDataset(as_floats(pictures), torch.from_numpy(says))
+    found = judge([influences(subject, fit_factors(subject, data, config), asked, data, config)], config)
+    assert found.traced[made.poison].mean() > 0.8
+    assert made.poison[found.traced].mean() > 0.5
+    assert found.by_count[made.poison].mean() > 0.9
