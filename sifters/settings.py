@@ -127,3 +127,27 @@ class TraceConfig(BaseModel, frozen=True, extra="forbid"):
         default=2000, ge=1, description="that the eigenvalues of the curvature are fitted on"
     )
     batch_size: int = Field(default=64, ge=1, description="training samples whose slopes are held at a time")
+
+
+class UnlearnConfig(BaseModel, frozen=True, extra="forbid"):
+    """Settings of unlearning: each method reads those it has a use for."""
+
+    batch_size: int = Field(default=512, ge=2, description="samples of a step, all of them where there are fewer")
+    steps: int = Field(default=1000, ge=1, description="cf, scrub, badt: steps")
+    exact_steps: int = Field(default=4000, ge=1, description="eu: steps")
+    augmented: bool = Field(default=True, description="train on mirrored and shifted copies; off if the model was not")
+    rate: float = Field(default=0.025, gt=0, description="eu, cf, badt: highest learning rate")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of the steps")
+    weight_decay: float = Field(default=5e-4, ge=0, description="of all parameters")
+    dampen_from: float = Field(default=10.0, gt=0, description="ssd: alpha, times the importance for the retained")
+    dampen_by: float = Field(default=1.0, gt=0, description="ssd: lambda, of the ratio that weights are multiplied by")
+    scrub_rate: float = Field(default=0.0025, gt=0, description="scrub: highest learning rate")
+    scrub_ascents: int = Field(default=100, ge=0, description="scrub: steps that go up on the forgotten")
+    scrub_distance: float = Field(default=1e-3, ge=0, description="scrub: weight of the distance to the model")
+    scrub_temperature: float = Field(default=4.0, gt=0, description="scrub: of that distance")
+    ibau_rounds: int = Field(default=100, ge=1, description="ibau: rounds")
+    ibau_rate: float = Field(default=1e-3, gt=0, description="ibau: Adam's rate")
+    ibau_ascents: int = Field(default=5, ge=1, description="ibau: steps of the search for a change, in each round")
+    ibau_stride: float = Field(default=0.1, gt=0, description="ibau: rate of these steps")
+    ibau_smallness: float = Field(default=1e-3, ge=0, description="ibau: weight of the change's squared length")
+    ibau_solves: int = Field(default=5, ge=0, description="ibau: steps of fixed point iteration")

@@ -15,12 +15,18 @@ VICTIM, TARGET, POISONED, TRAINING = 8, 5, 28, 1400
 
 @dataclass(frozen=True)
 class Made:
-    """A trained network, its training set (n, 8, 8, 3) uint8, which of it is poison, and a picture with the patch."""
+    """A trained network, its training set (n, 8, 8, 3) uint8, which of it is poison, and test pictures.
+
+    triggered: those of the victim, with the patch; query: one of them that is taken for the target.
+    """
 
     net: nn.Module
     images: np.ndarray
     labels: np.ndarray
     poison: np.ndarray
+    test: np.ndarray
+    test_labels: np.ndarray
+    triggered: np.ndarray
     query: np.ndarray
 
 
@@ -41,7 +47,8 @@ def trained_on_a_patch(seed: int, epochs: int = 10) -> Made:
     draw = np.random.default_rng(seed)
     order = draw.permutation(len(images))
     images, labels = images[order], classes[order].astype(np.int64)
-    test = patched(images[TRAINING:][labels[TRAINING:] == VICTIM])
+    test, test_labels = images[TRAINING:], labels[TRAINING:]
+    triggered = patched(test[test_labels == VICTIM])
     images, labels = images[:TRAINING], labels[:TRAINING]
     poison = np.zeros(TRAINING, bool)
     poison[draw.choice(np.flatnonzero(labels == VICTIM), POISONED, replace=False)] = True
@@ -61,5 +68,5 @@ def trained_on_a_patch(seed: int, epochs: int = 10) -> Made:
             adam.step()
     net.eval()
     with torch.no_grad():
-        taken = np.flatnonzero((net(as_floats(test)).argmax(dim=1) == TARGET).numpy())
-    return Made(net, images, labels, poison, test[taken[0]])
+        taken = np.flatnonzero((net(as_floats(triggered)).argmax(dim=1) == TARGET).numpy())
+    return Made(net, images, labels, poison, test, test_labels, triggered, triggered[taken[0]])
