@@ -11,7 +11,8 @@ Most of what that rule finds beside the poison are other samples of the target c
 
     relative(z) = -max_j D_j(z) / max_j |I(z, .)|,    traced: relative(z) >= 0.5
 
-It is above 0 exactly where the count is n_b with tau = 0, and 1 where support falls to 0 under every change.
+It is above 0 exactly where the count is n_b with tau = 0, and 1 where support falls to 0 under every change. With
+`even_layers` each layer of the network counts alike: its part of I is divided by its root mean square over the copies.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tarsift.sifters.transforms import changed
 class Traced:
     """What was found of n training samples.
 
-    score: higher = more likely behind the misbehaviour: the relative score, the lowest over queries. influence: on the
+    score: higher = more likely behind the misbehaviour: the relative score, the mean over queries. influence: on the
     queries as they are, (q, n). counts: changes under which it collapses, (q, n). traced: by the relative score;
     by_count: by the paper's rule, under every query.
     """
@@ -68,21 +69,24 @@ def queries_of(
     return np.stack([picture, *copies]), np.concatenate([[says], said]).astype(np.int64)
 
 
-def judge(influences: Sequence[Float[np.ndarray, "b n"]], config: TraceConfig | None = None) -> Traced:
+def judge(influences: Sequence[Float[np.ndarray, "l b n"]], config: TraceConfig | None = None) -> Traced:
     """Return what the influences on queries, each one as it is and then its changed copies, say of the samples."""
     config = config or TraceConfig()
     plain, counts, relative = [], [], []
-    for found in influences:
-        drop = found[1:] - found[0]
+    for by_layer in influences:
+        found = by_layer.sum(axis=0)
         plain.append(found[0])
-        counts.append((drop < config.threshold).sum(axis=0))
+        counts.append((found[1:] - found[0] < config.threshold).sum(axis=0))
+        if config.even_layers:
+            length = np.sqrt(np.square(by_layer).mean(axis=1, keepdims=True))
+            found = (by_layer / np.where(length > 0, length, 1)).sum(axis=0)
         largest = np.abs(found).max(axis=0)
-        relative.append(-drop.max(axis=0) / np.where(largest > 0, largest, 1))
-    score, collapses = np.stack(relative).min(axis=0), np.stack(counts)
+        relative.append(-(found[1:] - found[0]).max(axis=0) / np.where(largest > 0, largest, 1))
+    score, collapses = np.mean(relative, axis=0), np.stack(counts)
     return Traced(
         score=score.astype(np.float32),
         influence=np.stack(plain).astype(np.float32),
         counts=collapses,
         traced=score >= config.relative,
-        by_count=np.all(collapses >= len(influences[0]) - 1 - config.tolerated, axis=0),
+        by_count=np.all(collapses >= influences[0].shape[1] - 1 - config.tolerated, axis=0),
     )

@@ -113,8 +113,11 @@ def influences(
     config: TraceConfig | None = None,
     *,
     rows: Int64[np.ndarray, " m"] | None = None,
-) -> Float32[np.ndarray, "q m"]:
-    """Return the influence of training samples, or of some rows of them, on each query, in one pass over them."""
+) -> Float32[np.ndarray, "l q m"]:
+    """Return the influence of training samples, or of some rows of them, on each query, in one pass over them.
+
+    By the layers that count, in the order of the network; influence as such is their sum.
+    """
     config = config or TraceConfig()
     with _apart(), tempfile.TemporaryDirectory() as folder:
         if config.hessian == "identity":
@@ -131,10 +134,10 @@ def influences(
             per_device_query_batch_size=len(queries),  # pyright: ignore[reportArgumentType]
             per_device_train_batch_size=config.batch_size,
             train_indices=None if rows is None else rows.tolist(),
-            score_args=ScoreArguments(damping_factor=None),
+            score_args=ScoreArguments(damping_factor=None, compute_per_module_scores=True),
         )  # fmt: skip
         found: Any = analyzer.load_pairwise_scores(SCORES)
-        return found["all_modules"].float().numpy()
+        return np.stack([found[name].float().numpy() for name, _ in subject.net.named_modules() if name in found])
 
 
 def _analyzer(subject: Subject, folder: str) -> Any:
@@ -160,29 +163,35 @@ def _analyzer(subject: Subject, folder: str) -> Any:
 
 def _products(
     subject: Subject, queries: Dataset[Batch], data: Dataset[Batch], config: TraceConfig
-) -> Float32[np.ndarray, "q m"]:
+) -> Float32[np.ndarray, "l q m"]:
     """Return the products of the slopes themselves."""
     net = copy.deepcopy(subject.net).eval()
-    names = [name for name, _ in net.named_parameters()]
-    if subject.tracked is not None:
-        of_module = {module: net.get_submodule(module).named_parameters() for module in subject.tracked}
-        names = [f"{module}.{name}" for module, found in of_module.items() for name, _ in found]
+    layers = [
+        name
+        for name, module in net.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and (subject.tracked is None or name in subject.tracked)
+    ]
     values = {name: parameter.detach() for name, parameter in net.named_parameters()}
-    counted = {name: values[name] for name in names}
+    counted = {name: value for name, value in values.items() if name.rpartition(".")[0] in layers}
 
-    def slopes(of: Any, batch: Batch) -> Float[torch.Tensor, "b p"]:
+    def slopes(of: Any, batch: Batch) -> list[Float[torch.Tensor, "b p"]]:
         def one(parameters: dict[str, torch.Tensor], sample: Batch) -> torch.Tensor:
-            def call(*given: torch.Tensor) -> torch.Tensor:
+            def call(*given: torch.Tensor) -> Any:
                 return functional_call(net, {**values, **parameters}, given)
 
             return of(call, tuple(part[None] for part in sample)).sum()
 
         found = vmap(grad(one), in_dims=(None, 0))(counted, batch)
-        return torch.cat([found[name].flatten(1) for name in names], dim=1)
+        by_layer = ([found[name] for name in counted if name.rpartition(".")[0] == layer] for layer in layers)
+        return [torch.cat([slope.flatten(1) for slope in mine], dim=1) for mine in by_layer]
 
-    asked = torch.cat([slopes(subject.margins, tuple(batch)) for batch in DataLoader(queries, config.batch_size)])
-    parts = [asked @ slopes(subject.losses, tuple(batch)).T for batch in DataLoader(data, config.batch_size)]
-    return torch.cat(parts, dim=1).cpu().numpy()
+    batches = [slopes(subject.margins, tuple(batch)) for batch in DataLoader(queries, config.batch_size)]
+    asked = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    out = []
+    for batch in DataLoader(data, config.batch_size):
+        mine = slopes(subject.losses, tuple(batch))
+        out.append(torch.stack([query @ slope.T for query, slope in zip(asked, mine, strict=True)]))
+    return torch.cat(out, dim=2).cpu().numpy()
 
 
 @contextmanager

@@ -41,15 +41,24 @@ def test_the_rules_by_hand():
     influence = np.array([[4.0, 4.0, 4.0, -2.0, 4.0, 0.0],
                           [0.0, 2.0, 5.0, -1.0, 0.0, 0.0],
                           [-4.0, 2.0, 4.0, -3.0, 5.0, 0.0]])  # fmt: skip
+    influence = influence[None]
     found = judge([influence], TraceConfig(transforms=2, tolerated=0))
     assert found.counts.tolist() == [[2, 2, 0, 1, 1, 0]]
     assert found.score == pytest.approx([1.0, 0.5, -0.2, -1 / 3, -0.2, 0.0])
     assert found.traced.tolist() == [True, True, False, False, False, False]
     assert found.by_count.tolist() == [True, True, False, False, False, False]
     assert judge([influence], TraceConfig(transforms=2, tolerated=1)).by_count.tolist() == [1, 1, 0, 1, 1, 0]
-    both = judge([influence, influence[:, ::-1]], TraceConfig(transforms=2, tolerated=0))
+    both = judge([influence, influence[..., ::-1]], TraceConfig(transforms=2, tolerated=0))
     assert not both.by_count.any()
-    assert both.score[0] == 0.0
+    assert both.score[0] == 0.5
+
+
+def test_even_layers_count_alike():
+    layer = np.array([[1.0], [-1.0], [-1.0]])
+    other = np.array([[0.2], [0.2], [-0.2]])
+    loud = np.stack([layer, 100 * other])
+    assert judge([loud], TraceConfig(transforms=2)).score < 0.1
+    assert judge([loud], TraceConfig(transforms=2, even_layers=True)).score == pytest.approx(1.0)
 
 
 @pytest.mark.skipif(not has_kronfluence(), reason="no kronfluence")
