@@ -65,7 +65,7 @@ def test_even_layers_count_alike():
 def test_a_patch_in_digits_is_traced():
     made = trained_on_a_patch(seed=0)
     subject, data = Classifier(made.net), TensorDataset(as_floats(made.images), torch.from_numpy(made.labels))
-    config = TraceConfig()
+    config = TraceConfig(curvature_samples=500)
     pictures, says = queries_of(made.query, TARGET, 10, config)
     asked = TensorDataset(as_floats(pictures), torch.from_numpy(says))
     found = judge([influences(subject, fit_factors(subject, data, config), asked, data, config)], config)
