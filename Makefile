@@ -23,8 +23,9 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 demo: setup
 	$(BIN)/tarsift demo --out $(OUT)
 
+# One process tests what starts Ray, the other all else.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # Mostly waiting for Ray to start: two at a time, those of a file one after the other.
 slow: setup
