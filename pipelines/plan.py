@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tarsift.operators.regime import encoder_regime
-from tarsift.operators.sides import FEATURES, choose_sides
+from tarsift.operators.sides import choose_sides
 from tarsift.pipelines.config import CleanConfig
 from tarsift.pipelines.embed import embed_fingerprint
 from tarsift.pipelines.fitting import TRUSTED
@@ -77,7 +77,7 @@ def make_plan(inputs: str | Sequence[str], out: str, config: CleanConfig) -> Pla
         encoders[role] = what, regime.sentence
         if role == run.roles[0]:
             samples, embedded_shards = sum(entry["rows"] for entry in embedded.values()), len(embedded)
-    sides = choose_sides({role: code for role, code in regimes.items() if role != FEATURES})
+    sides = choose_sides(regimes)
     for name, what in run.passes(density=sides.density is not None)[len(run.roles) :]:
         recorded, parts = run.fingerprint_of(name), run.parts_of(name)
         done = len(Ledger(out, name, recorded).entries(parts)) if recorded else 0

@@ -10,8 +10,9 @@ some of them; *retained* are all others.
     badt   a student that follows a teacher of random weights on the forgotten, and the model on the retained
     ibau   a game against any trigger, on samples that are surely clean (see `clean_base_set`); forgotten are none
 
-Budgets are those of the authors' own code or of Goel et al. 2024 (corrective unlearning, arXiv 2402.14015), in steps.
-What follows Delta-Influence's finding: eu and cf repair a model; the others cost accuracy, or leave the trigger.
+Budgets are those of the code of Goel et al. 2024 (corrective unlearning, arXiv 2402.14015), in steps; those of ibau are
+chosen here. Delta-Influence found (arXiv 2411.13731) that eu and cf repair a model, and that ssd, scrub and badt, with
+smaller budgets, cost accuracy or leave the trigger.
 """
 
 from __future__ import annotations
