@@ -251,6 +251,57 @@ class SelectTop:
         return state.next_round()
 
 
+class Foremost:
+    """Fold: the `count` rows of highest value, the highest first; of equal ones those of smallest row hash.
+
+    Args:
+        value: from a table to (n,) float64; NaN: not to be chosen.
+        columns: what `value` looks at; kept: columns that the result has, beside `value`. Both with shard and row.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        key: bytes,
+        value: Callable[[pa.Table], np.ndarray],
+        columns: tuple[str, ...],
+        kept: tuple[str, ...],
+    ):
+        self.count, self.key, self.value, self.kept = count, key, value, kept
+        self.columns = tuple(dict.fromkeys((*kept, *columns)))
+
+    def init(self) -> pa.Table | None:
+        return None
+
+    def add(self, state: pa.Table | None, table: pa.Table) -> pa.Table | None:
+        values = self.value(table)
+        chosen = np.flatnonzero(~np.isnan(values))
+        if len(chosen) > self.count:  # most rows need no hash
+            least = np.partition(values[chosen], -self.count)[-self.count] if self.count else np.inf
+            chosen = chosen[values[chosen] >= least]
+        rows = table.select(list(self.kept)).take(pa.array(chosen))
+        rows = rows.append_column("value", pa.array(values[chosen]))
+        return self.merge(state, rows.append_column("tie", pa.array(row_hashes(rows, self.key))))
+
+    def merge(self, a: pa.Table | None, b: pa.Table | None) -> pa.Table | None:
+        if a is None or b is None:
+            both = b if a is None else a
+            return both if both is None or len(both) <= self.count else self._first(both)
+        return self._first(pa.concat_tables([a, b]))
+
+    def finish(self, state: pa.Table | None) -> pa.Table:
+        return (
+            pa.table({name: [] for name in (*self.kept, "value")})
+            if state is None
+            else self._first(state).drop_columns(["tie"])
+        )
+
+    def _first(self, rows: pa.Table) -> pa.Table:
+        order = np.lexsort((np.asarray(rows["tie"]), -np.asarray(rows["value"])))
+        return rows.take(pa.array(order[: self.count]))
+
+
 class CountNear:
     """Fold: (judged rows within one unit in the last place of a cutoff, rows judged)."""
 

@@ -11,8 +11,8 @@ import typer
 from typer.core import TyperGroup
 
 from tarsift.operators.errors import EXIT_CODES, Interrupted, TarsiftError
+from tarsift.pipelines.commands import aftermath, passes, workshop
 from tarsift.pipelines.commands import main as main_commands
-from tarsift.pipelines.commands import passes, workshop
 from tarsift.pipelines.printing import Screen, plain
 from tarsift.pipelines.stopping import stop_on_signals
 from tarsift.pipelines.supervisor import supervised
@@ -38,7 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     pretty_exceptions_enable=False,
 )
-for module in (main_commands, passes, workshop):
+for module in (main_commands, passes, aftermath, workshop):
     app.add_typer(module.commands)
 
 

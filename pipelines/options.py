@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from tarsift.operators.errors import ConfigError
 
 MAIN, PASSES, WORKSHOP = "Main job", "Its passes, one by one", "Workshop"
+AFTERMATH = "When a trained model misbehaves"
 INPUT, VERDICT, SETTINGS = "Input", "Verdict", "Settings"
 SIFT, SPREAD = "Sifting", "How the work is spread (changes no score)"
 

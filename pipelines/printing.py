@@ -57,6 +57,38 @@ def print_result(result: Any, console: Console) -> None:
         console.print(f"{name:12} {text}", highlight=False, markup=False, soft_wrap=True)
 
 
+def print_trace(result: Any, console: Console) -> None:
+    """Say what was traced, how fast, and where it is."""
+    rows = {
+        "traced": f"{result.traced:,} of {result.candidates:,} candidates stand out, of {result.of:,} samples, "
+        f"in {result.elapsed_s:.0f} s",
+        "says": repr(visible(result.says, 200)),
+        "samples": result.samples,
+        "report": result.report,
+    }
+    for name, text in rows.items():
+        console.print(f"{name:12} {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_repair(result: Any, console: Console) -> None:
+    """Say what a model says before and after its repair."""
+    names = {
+        "queries": "queries of which it says what was traced",
+        "forgotten": "samples to forget of which it says so",
+        "recall_at_5": "pictures whose caption is among the five nearest",
+    }
+    table = Table("", "before", "after", box=None, pad_edge=False)
+    for name, what in names.items():
+        if name in result.before:
+            table.add_row(what, f"{result.before[name]:.1%}", f"{result.after[name]:.1%}")
+    console.print(table)
+    done = (
+        f"{result.method}: {result.forgot:,} samples forgotten in {result.elapsed_s:.0f} s; measured on {result.held}"
+    )
+    for text in (done, f"repaired     {result.encoder}", f"forgotten    {result.listed}"):
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def print_selection(selection: Any, console: Console) -> None:
     """Say what was chosen, how pure it is, and where it is."""
     chance = f"{selection.suspects_expected:g} in a random choice"

@@ -32,6 +32,7 @@ from tarsift.operators.models import (
     weights_sha256,
 )
 from tarsift.operators.shards import ReadConfig, Shard
+from tarsift.pipelines.leaving import PairReaderWithout, read_left_out
 from tarsift.pipelines.pair_losses import PairLosses
 from tarsift.pipelines.pairs import Batch, PairReader, PairStream, cached_batches, load_pairs, streamed_batches
 from tarsift.pipelines.snapshots import Snapshots
@@ -80,6 +81,9 @@ class PretrainConfig(BaseModel):
     )
     losses: str | None = Field(
         default=None, description="Parquet file for the loss of every pair in every epoch (shard, key, losses)"
+    )
+    leave_out: str | None = Field(
+        default=None, description="Parquet file with shard and key of samples that are not trained on"
     )
     read: ReadConfig = Field(default=ReadConfig(), description="where captions are")
     images: ImageConfig = Field(default=ImageConfig(), description="which images are usable")
@@ -139,14 +143,16 @@ class Job:
         self.architecture, self.base = origin.architecture, origin.base
         lr = config.train.lr or (FURTHER_LR if self.base else LR)
         self.config = config.model_copy(update={"train": config.train.model_copy(update={"lr": lr})})
-        self.pairs = sum(digest.pairs for digest in digests)
+        self.left_out = read_left_out(config.leave_out, shards) if config.leave_out else None
+        self.most = sum(digest.pairs for digest in digests)
+        self.pairs = self.most - (len(self.left_out.samples) if self.left_out else 0)
         if self.pairs < 2:
             raise UsageError(f"there is nothing to train on: {len(shards)} shards with {self.pairs} usable pairs.")
         self.batch_size = min(config.batch_size, self.pairs // config.workers * config.workers)
         self.steps = config.steps or config.epochs * (self.pairs // self.batch_size)
         size = self.architecture["vision_cfg"].get("image_size", 224)  # open_clip's default
         self.image_size = int(size[0] if isinstance(size, tuple | list) else size)
-        needed = self.pairs * self.image_size**2 * 3
+        needed = self.most * self.image_size**2 * 3
         self.in_memory = needed <= config.cache_bytes
         if config.losses is not None and not self.in_memory:
             raise UsageError(
@@ -168,6 +174,7 @@ class Job:
             "in_memory": self.in_memory,
             "shuffle": None if self.in_memory else config.shuffle,
             "losses": config.losses is not None,
+            **({"left_out": self.left_out.digest} if self.left_out else {}),
             **config.model_dump(mode="json", include={"seed", "train", "images"}),
         }
 
@@ -321,11 +328,12 @@ def _load(job: Job, rank: int, done: int, asked: Callable[[], bool]) -> _Data:
     config, world = job.config, job.config.workers
     settings = preprocessing(job.architecture)
     tokenizer = build_tokenizer(job.architecture, config.model or "")
-    reader = PairReader(job.image_size, settings.interpolation, settings.resize_mode, config.read, config.images)
+    how = (job.image_size, settings.interpolation, settings.resize_mode, config.read, config.images)
+    reader = PairReaderWithout(*how, job.left_out.samples) if job.left_out else PairReader(*how)
     share = job.batch_size // world
     damage = Counter(problem.split(":")[0] for digest in job.digests for problem in digest.problems)
     if job.in_memory:
-        cache = load_pairs(reader, _until(asked, job.shards), tokenizer, most=job.pairs)
+        cache = load_pairs(reader, _until(asked, job.shards), tokenizer, most=job.most)
         pairs = len(cache.captions)
         share = min(share, pairs // world)
         batches = cached_batches(cache, batch_size=share, seed=config.seed, rank=rank, world=world, start=done)

@@ -12,7 +12,7 @@ Most of what that rule finds beside the poison are other samples of the target c
     relative(z) = -max_j D_j(z) / max_j |I(z, .)|,    traced: relative(z) >= 0.5
 
 It is above 0 exactly where the count is n_b with tau = 0, and 1 where support falls to 0 under every change. With
-`even_layers` each layer of the network counts alike: its part of I is divided by its root mean square over the copies.
+`length` = mean_square the maximum below the line is the root of the mean square; the score is larger then.
 """
 
 from __future__ import annotations
@@ -31,16 +31,21 @@ from tarsift.sifters.transforms import changed
 class Traced:
     """What was found of n training samples.
 
-    score: higher = more likely behind the misbehaviour: the relative score, the mean over queries. influence: on the
-    queries as they are, (q, n). counts: changes under which it collapses, (q, n). traced: by the relative score;
-    by_count: by the paper's rule, under every query.
+    relative: higher = more likely behind the misbehaviour, by each query, (q, n). influence: on the queries as they
+    are, (q, n). counts: changes under which it collapses, (q, n). traced: by the mean of the relative score; by_count:
+    by the paper's rule, under every query.
     """
 
-    score: Float32[np.ndarray, " n"]
+    relative: Float32[np.ndarray, "q n"]
     influence: Float32[np.ndarray, "q n"]
     counts: Int64[np.ndarray, "q n"]
     traced: Bool[np.ndarray, " n"]
     by_count: Bool[np.ndarray, " n"]
+
+    @property
+    def score(self) -> Float32[np.ndarray, " n"]:
+        """The mean of the relative score over queries."""
+        return self.relative.mean(axis=0)
 
 
 def queries_of(
@@ -69,24 +74,35 @@ def queries_of(
     return np.stack([picture, *copies]), np.concatenate([[says], said]).astype(np.int64)
 
 
-def judge(influences: Sequence[Float[np.ndarray, "l b n"]], config: TraceConfig | None = None) -> Traced:
-    """Return what the influences on queries, each one as it is and then its changed copies, say of the samples."""
+def judge(
+    influences: Sequence[Float[np.ndarray, "l b n"]],
+    config: TraceConfig | None = None,
+    *,
+    groups: Sequence[Sequence[int]] | None = None,
+) -> Traced:
+    """Return what the influences on queries, each one as it is and then its changed copies, say of the samples.
+
+    Layers are summed. groups: some of the layers each; the relative score is the mean of what each group says.
+    """
     config = config or TraceConfig()
     plain, counts, relative = [], [], []
     for by_layer in influences:
         found = by_layer.sum(axis=0)
         plain.append(found[0])
         counts.append((found[1:] - found[0] < config.threshold).sum(axis=0))
-        if config.even_layers:
-            length = np.sqrt(np.square(by_layer).mean(axis=1, keepdims=True))
-            found = (by_layer / np.where(length > 0, length, 1)).sum(axis=0)
-        largest = np.abs(found).max(axis=0)
-        relative.append(-(found[1:] - found[0]).max(axis=0) / np.where(largest > 0, largest, 1))
-    score, collapses = np.mean(relative, axis=0), np.stack(counts)
+        parts = [found] if groups is None else [by_layer[list(group)].sum(axis=0) for group in groups]
+        relative.append(np.mean([_relative(part, config) for part in parts], axis=0))
+    collapses, scores = np.stack(counts), np.stack(relative).astype(np.float32)
     return Traced(
-        score=score.astype(np.float32),
+        relative=scores,
         influence=np.stack(plain).astype(np.float32),
         counts=collapses,
-        traced=score >= config.relative,
+        traced=scores.mean(axis=0) >= config.relative,
         by_count=np.all(collapses >= influences[0].shape[1] - 1 - config.tolerated, axis=0),
     )
+
+
+def _relative(found: Float[np.ndarray, "b n"], config: TraceConfig) -> Float[np.ndarray, " n"]:
+    largest = config.length == "largest"
+    length = np.abs(found).max(axis=0) if largest else np.sqrt(np.square(found).mean(axis=0))
+    return -(found[1:] - found[0]).max(axis=0) / np.where(length > 0, length, 1)

@@ -42,8 +42,11 @@ class Subject(Protocol):
     tracked: names of the linear and convolutional layers that count; None: all of them.
     """
 
-    net: nn.Module
-    tracked: Sequence[str] | None
+    @property
+    def net(self) -> nn.Module: ...
+
+    @property
+    def tracked(self) -> Sequence[str] | None: ...
 
     def losses(self, net: nn.Module, batch: Batch, *, draw: bool = False) -> Float[torch.Tensor, " b"]:
         """Return the training loss of each sample; draw: as if it said what the model draws for it."""

@@ -120,7 +120,9 @@ class TraceConfig(BaseModel, frozen=True, extra="forbid"):
     threshold: float = Field(default=0.0, description="tau: influence collapses where it changes by less")
     tolerated: int = Field(default=1, ge=0, description="n_tol: copies at most under which it need not collapse")
     relative: float = Field(default=0.5, gt=0, le=2, description="a sample is traced by its relative score from here")
-    even_layers: bool = Field(default=False, description="let each layer count alike in the relative score")
+    length: Literal["largest", "mean_square"] = Field(
+        default="largest", description="what the relative score divides by: of a sample's influences on all copies"
+    )
     hessian: Literal["ekfac", "identity"] = Field(
         default="ekfac", description="the curvature: by kronfluence (extra `influence`), or none"
     )

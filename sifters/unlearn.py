@@ -1,7 +1,8 @@
-"""Unlearning: a classifier without what it learned of some of its training samples.
+"""Unlearning: a model without what it learned of some of its training samples.
 
 `unlearn` gives a new network; the one that is given stays as it is. *Forgotten* are the samples that were found, or
-some of them; *retained* are all others.
+some of them; *retained* are all others. A classifier answers each sample with its logits (`Labelled`), a CLIP each
+picture and each caption of a batch with its cosines to the others' (`image_text.Paired`).
 
     eu     exact: new weights, trained on what is retained
     cf     catastrophic forgetting: trained on, on what is retained; what is not repeated fades
@@ -20,7 +21,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,17 +36,90 @@ from tarsift.sifters.settings import UnlearnConfig
 Rows = Int64[torch.Tensor, " s"]
 
 
+class Samples(Protocol):
+    """What a model was trained on, on one device: from rows to a batch, and from a batch to answers.
+
+    A batch has one answer per sample, or several; each is a row of logits and has a target.
+    """
+
+    def __len__(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def batch(self, rows: Rows, draw: torch.Generator | None) -> Any:
+        """Return samples as one trains on them, or, without a generator, as they are."""
+        ...
+
+    def unchanged(self, batch: Any) -> Float32[torch.Tensor, "1 ..."]:
+        """Return the change of a sample's values that changes nothing."""
+        ...
+
+    def logits(
+        self, net: nn.Module, batch: Any, change: Float32[torch.Tensor, "1 ..."] | None = None
+    ) -> Float32[torch.Tensor, "a c"]:
+        """Return what a network answers, with a change added to all samples."""
+        ...
+
+    def targets(self, rows: Rows) -> Int64[torch.Tensor, " a"]:
+        """Return what it is to answer, as columns of the logits."""
+        ...
+
+    def owners(self, rows: Rows) -> Int64[torch.Tensor, " a"]:
+        """Return whose answer each one is, as one of the rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Samples with labels (n,), for a classifier that takes what `inputs` gives."""
+
+    inputs: Inputs
+    labels: Int64[torch.Tensor, " n"]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @property
+    def device(self) -> torch.device:
+        return self.inputs.device
+
+    def batch(self, rows: Rows, draw: torch.Generator | None) -> Float32[torch.Tensor, "b ..."]:
+        return self.inputs.plain(rows) if draw is None else self.inputs.augmented(rows, draw)
+
+    def unchanged(self, batch: Float32[torch.Tensor, "b ..."]) -> Float32[torch.Tensor, "1 ..."]:
+        return torch.zeros_like(batch[:1])
+
+    def logits(
+        self,
+        net: nn.Module,
+        batch: Float32[torch.Tensor, "b ..."],
+        change: Float32[torch.Tensor, "1 ..."] | None = None,
+    ) -> Float32[torch.Tensor, "b c"]:
+        return net(batch if change is None else batch + change)
+
+    def targets(self, rows: Rows) -> Int64[torch.Tensor, " b"]:
+        return self.labels[rows]
+
+    def owners(self, rows: Rows) -> Rows:
+        return rows
+
+
 @dataclass(frozen=True)
 class Task:
     """A model, and the samples it was trained on: rows that it is to forget, and rows that it is to keep to."""
 
     net: nn.Module
-    inputs: Inputs
-    targets: Int64[torch.Tensor, " n"]
+    samples: Samples
     forgotten: Rows
     retained: Rows
     config: UnlearnConfig
     draw: torch.Generator
+    anew: Callable[[int], nn.Module]
+
+    def untrained(self) -> nn.Module:
+        """Return the network as it was before training, of a seed that is drawn."""
+        return self.anew(int(torch.randint(2**31, (1,), generator=self.draw, device=self.draw.device)))
 
     def batches(self, rows: Rows, steps: int) -> Iterator[Rows]:
         """Yield as many batches of rows, in an order drawn anew whenever all have been seen."""
@@ -56,14 +131,17 @@ class Task:
             batch, order = order[:size], order[size:]
             yield batch
 
-    def seen(self, rows: Rows) -> Float32[torch.Tensor, "b ..."]:
+    def seen(self, rows: Rows) -> Any:
         """Return samples as one trains on them."""
-        return self.inputs.augmented(rows, self.draw) if self.config.augmented else self.inputs.plain(rows)
+        return self.samples.batch(rows, self.draw if self.config.augmented else None)
+
+    def loss(self, net: nn.Module, batch: Any, rows: Rows, change: torch.Tensor | None = None) -> torch.Tensor:
+        return functional.cross_entropy(self.samples.logits(net, batch, change), self.samples.targets(rows))
 
 
 def exact(task: Task) -> nn.Module:
     """EU: train new weights on what is retained."""
-    net = _with_new_weights(task.net, task.draw)
+    net = task.untrained()
     _fit(net, task, task.config.exact_steps)
     return net
 
@@ -82,6 +160,8 @@ def dampened(task: Task) -> nn.Module:
     alpha, weight = task.config.dampen_from, task.config.dampen_by
     with torch.no_grad():
         for name, parameter in net.named_parameters():
+            if name not in given:
+                continue
             much = given[name] > alpha * kept[name]
             smaller = (weight * kept[name] / given[name].clamp_min(1e-30)).clamp(max=1.0)
             parameter.mul_(torch.where(much, smaller, 1.0))
@@ -104,15 +184,16 @@ def scrubbed(task: Task) -> nn.Module:
 def badly_taught(task: Task) -> nn.Module:
     """BadT: Chundawat et al. 2023 (AAAI, arXiv 2205.08096)."""
     config, student = task.config, copy.deepcopy(task.net).train()
-    good, bad = copy.deepcopy(task.net).eval(), _with_new_weights(task.net, task.draw).eval()
+    good, bad = copy.deepcopy(task.net).eval(), task.untrained().eval()
     sgd, schedule = _optimizer(student, config.rate, config)
-    forgotten = torch.zeros(len(task.targets), dtype=torch.bool, device=task.targets.device)
+    forgotten = torch.zeros(len(task.samples), dtype=torch.bool, device=task.samples.device)
     forgotten[task.forgotten] = True
     for rows in task.batches(torch.cat([task.retained, task.forgotten]), config.steps):
-        batch = task.seen(rows)
+        batch, answer = task.seen(rows), task.samples.logits
         with torch.no_grad():
-            taught = torch.where(forgotten[rows, None], bad(batch), good(batch)).softmax(dim=1)
-        _step(sgd, functional.kl_div(student(batch).log_softmax(dim=1), taught, reduction="batchmean"))
+            badly = forgotten[task.samples.owners(rows), None]
+            taught = torch.where(badly, answer(bad, batch), answer(good, batch)).softmax(dim=1)
+        _step(sgd, functional.kl_div(answer(student, batch).log_softmax(dim=1), taught, reduction="batchmean"))
         schedule.step()
     return student
 
@@ -127,21 +208,21 @@ def hardened(task: Task) -> nn.Module:
     parameters = [p for p in net.parameters() if p.requires_grad]
     adam = torch.optim.Adam(parameters, config.ibau_rate)
     for rows in task.batches(task.retained, config.ibau_rounds):
-        batch, targets = task.inputs.plain(rows), task.targets[rows]
+        batch = task.samples.batch(rows, None)
 
-        def loss(change: torch.Tensor, batch: torch.Tensor = batch, targets: torch.Tensor = targets) -> torch.Tensor:
-            return functional.cross_entropy(net(batch + change), targets)
+        def loss(change: torch.Tensor, batch: Any = batch, rows: Rows = rows) -> torch.Tensor:
+            return task.loss(net, batch, rows, change)
 
         def inner(change: torch.Tensor, loss: Any = loss) -> torch.Tensor:
             return config.ibau_smallness * change.square().sum() - loss(change)
 
-        change = torch.zeros_like(batch[:1])
+        change = task.samples.unchanged(batch)
         for _ in range(config.ibau_ascents):
             change = _descended(inner, change, config.ibau_stride)
         change = change.requires_grad_()
         moved = _descended(inner, change, config.ibau_stride, graph=True)
         outer = loss(change)
-        direct = torch.autograd.grad(outer, parameters, retain_graph=True)
+        direct = torch.autograd.grad(outer, parameters, retain_graph=True, allow_unused=True)
         (worth,) = torch.autograd.grad(outer, change)
         solved = torch.zeros_like(worth)
         for _ in range(config.ibau_solves):
@@ -149,7 +230,7 @@ def hardened(task: Task) -> nn.Module:
             solved = back + worth
         through = torch.autograd.grad(moved, parameters, solved, allow_unused=True)
         for parameter, slope, more in zip(parameters, direct, through, strict=True):
-            parameter.grad = slope if more is None else slope + more
+            parameter.grad = more if slope is None else slope if more is None else slope + more
         adam.step()
     return net
 
@@ -167,46 +248,53 @@ WITHOUT_FORGOTTEN = ("ibau",)
 
 def unlearn(
     net: nn.Module,
-    inputs: Inputs,
-    labels: Int64[np.ndarray, " n"],
+    samples: Samples,
     forget: Bool[np.ndarray, " n"],
     method: str = "cf",
     *,
     config: UnlearnConfig | None = None,
     seed: int = 0,
+    anew: Callable[[int], nn.Module] | None = None,
 ) -> nn.Module:
     """Return a network that has forgotten some samples, in the state in which it judges.
 
-    net: takes what `inputs` gives, on its device, to logits. labels: as it was trained. forget: what was found; for
-    `ibau` instead all that is not surely clean.
+    net: takes what `samples` give, on their device. forget: what was found; for `ibau` instead all that is not surely
+    clean. anew: from a seed to the network as it was before training, which `eu` and `badt` need; None: all its layers
+    say how they are drawn (`reset_parameters`).
 
     Raises:
         ValueError: no such method, shapes that do not fit, or nothing to forget or to retain.
     """
     if method not in METHODS:
         raise ValueError(f"there is no method {method!r}: choose one of {', '.join(METHODS)}.")
-    if labels.shape != (len(inputs),) or forget.shape != labels.shape or forget.dtype != np.bool_:
-        raise ValueError(
-            f"`labels` and `forget` must have one entry per sample, {len(inputs)}: got {labels.shape} and "
-            f"{forget.dtype} {forget.shape}."
-        )
+    if forget.shape != (len(samples),) or forget.dtype != np.bool_:
+        raise ValueError(f"`forget` must have one entry per sample, {len(samples)}: got {forget.dtype} {forget.shape}.")
     if forget.all() or not (forget.any() or method in WITHOUT_FORGOTTEN):
         raise ValueError(f"{int(forget.sum())} of {len(forget)} samples are to be forgotten: nothing is left to do.")
-    rows = [torch.from_numpy(np.flatnonzero(mask)).to(inputs.device) for mask in (forget, ~forget)]
-    targets = torch.from_numpy(labels.astype(np.int64)).to(inputs.device)
-    draw = torch.Generator(inputs.device).manual_seed(seed)
-    config = config or UnlearnConfig()
-    return METHODS[method](Task(net, inputs, targets, *rows, config=config, draw=draw)).eval()
+    rows = [torch.from_numpy(np.flatnonzero(mask)).to(samples.device) for mask in (forget, ~forget)]
+    draw = torch.Generator(samples.device).manual_seed(seed)
+    anew = anew or partial(_with_new_weights, net)
+    return METHODS[method](Task(net, samples, *rows, config=config or UnlearnConfig(), draw=draw, anew=anew)).eval()
 
 
-def _with_new_weights(net: nn.Module, draw: torch.Generator) -> nn.Module:
+def labelled(inputs: Inputs, labels: Int64[np.ndarray, " n"]) -> Labelled:
+    """Put labels beside samples.
+
+    Raises:
+        ValueError: if there is not one for each.
+    """
+    if labels.shape != (len(inputs),):
+        raise ValueError(f"`labels` must have one entry per sample, {len(inputs)}: got {labels.shape}.")
+    return Labelled(inputs, torch.from_numpy(labels.astype(np.int64)).to(inputs.device))
+
+
+def _with_new_weights(net: nn.Module, seed: int) -> nn.Module:
     """Return the same network as it would be before training.
 
     Raises:
         ValueError: a layer with weights that does not say how to draw them.
     """
     out = copy.deepcopy(net)
-    seed = int(torch.randint(2**31, (1,), generator=draw, device=draw.device))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for name, module in out.named_modules():
@@ -235,29 +323,29 @@ def _fit(net: nn.Module, task: Task, steps: int) -> None:
     net.train()
     sgd, schedule = _optimizer(net, task.config.rate, task.config.model_copy(update={"steps": steps}))
     for rows in task.batches(task.retained, steps):
-        _step(sgd, functional.cross_entropy(net(task.seen(rows)), task.targets[rows]))
+        _step(sgd, task.loss(net, task.seen(rows), rows))
         schedule.step()
 
 
 def _distilled(student: nn.Module, teacher: nn.Module, task: Task, rows: Rows) -> torch.Tensor:
     """Return SCRUB's loss: of the labels, and of the distance to the teacher."""
     batch, heat = task.seen(rows), task.config.scrub_temperature
-    logits = student(batch)
+    logits = task.samples.logits(student, batch)
     with torch.no_grad():
-        taught = (teacher(batch) / heat).softmax(dim=1)
+        taught = (task.samples.logits(teacher, batch) / heat).softmax(dim=1)
     apart = functional.kl_div((logits / heat).log_softmax(dim=1), taught, reduction="batchmean") * heat**2
-    return functional.cross_entropy(logits, task.targets[rows]) + task.config.scrub_distance * apart
+    return functional.cross_entropy(logits, task.samples.targets(rows)) + task.config.scrub_distance * apart
 
 
 def _importance(net: nn.Module, task: Task, rows: Rows) -> dict[str, torch.Tensor]:
     """Return the mean over batches of the squared slope of the loss in every weight."""
-    names, parameters = zip(*net.named_parameters(), strict=True)
+    names, parameters = zip(*((name, p) for name, p in net.named_parameters() if p.requires_grad), strict=True)
     total = [torch.zeros_like(p) for p in parameters]
     parts = rows.split(task.config.batch_size)
     for part in parts:
-        loss = functional.cross_entropy(net(task.inputs.plain(part)), task.targets[part])
-        for sum_, slope in zip(total, torch.autograd.grad(loss, parameters), strict=True):
-            sum_ += slope.square() / len(parts)
+        loss = task.loss(net, task.samples.batch(part, None), part)
+        for sum_, slope in zip(total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+            sum_ += 0 if slope is None else slope.square() / len(parts)
     return dict(zip(names, total, strict=True))
 
 

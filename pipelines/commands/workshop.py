@@ -46,6 +46,12 @@ def pretrain(
     losses: Annotated[
         str | None, typer.Option(metavar="FILE", help="Parquet file for the loss of every pair in every epoch.")
     ] = None,
+    leave_out: Annotated[
+        str | None,
+        typer.Option(
+            "--leave-out", metavar="FILE", help="Parquet list (shard, key) of samples that are not trained on."
+        ),
+    ] = None,
     cache_bytes: Annotated[
         int, typer.Option("--cache-bytes", min=0, help="Keep pixels in memory up to this size, else stream shards.")
     ] = 2 << 30,
@@ -68,7 +74,7 @@ def pretrain(
 
     given: dict[str, Any] = {"model": model, "epochs": epochs, "seed": seed, "batch_size": batch_size}
     given |= {"workers": workers, "threads": threads, "snapshot_s": snapshot_s, "cache_bytes": cache_bytes}
-    given |= {"base": base, "losses": losses}
+    given |= {"base": base, "losses": losses, "leave_out": leave_out}
     given |= {"train": {"lr": lr}} if lr is not None else {}
     given |= {"read": {"captions": captions}} if captions is not None else {}
     config = checked(PretrainConfig, given)

@@ -16,7 +16,7 @@ BENDS = 80
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of kept and flagged samples over equal bins from `low` to `high`.
+    """Counts of kept and flagged samples, or of two other groups, over equal bins from `low` to `high`.
 
     What lies outside is counted in the first and last bin; `beyond` says how many that is above.
     """
@@ -28,6 +28,7 @@ class Histogram:
     flagged: Int[np.ndarray, " bins"]
     beyond: int = 0
     cutoff: float | None = None
+    groups: tuple[str, str] = ("kept", "flagged")
 
 
 def short_number(value: float | int) -> str:
@@ -73,8 +74,9 @@ def histogram_svg(chart: Histogram, *, width: int = 640, height: int = 220) -> M
 
     kept, flagged = int(chart.kept.sum()), int(chart.flagged.sum())
     summary = (
-        f"{chart.name}: {kept:,} kept and {flagged:,} flagged samples from {short_number(chart.low)} to "
-        f"{short_number(chart.high)}" + (f", cut-off {short_number(chart.cutoff)}" if chart.cutoff is not None else "")
+        f"{chart.name}: {kept:,} {chart.groups[0]} and {flagged:,} {chart.groups[1]} samples from "
+        f"{short_number(chart.low)} to {short_number(chart.high)}"
+        + (f", cut-off {short_number(chart.cutoff)}" if chart.cutoff is not None else "")
     )
     parts = [
         f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(summary)}">',

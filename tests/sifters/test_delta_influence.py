@@ -53,12 +53,18 @@ def test_the_rules_by_hand():
     assert both.score[0] == 0.5
 
 
-def test_even_layers_count_alike():
-    layer = np.array([[1.0], [-1.0], [-1.0]])
-    other = np.array([[0.2], [0.2], [-0.2]])
-    loud = np.stack([layer, 100 * other])
-    assert judge([loud], TraceConfig(transforms=2)).score < 0.1
-    assert judge([loud], TraceConfig(transforms=2, even_layers=True)).score == pytest.approx(1.0)
+def test_the_length_of_a_samples_influences_is_their_largest_or_their_mean_square():
+    one_large = np.array([[[2.0], [0.0], [0.0], [0.0]]])
+    assert judge([one_large], TraceConfig(transforms=3)).score == pytest.approx(1.0)
+    assert judge([one_large], TraceConfig(transforms=3, length="mean_square")).score == pytest.approx(2.0)
+
+
+def test_groups_of_layers_have_a_say_each():
+    quiet, loud = np.array([[1.0], [-1.0], [-1.0]]), np.array([[10.0], [10.0], [10.0]])
+    both = np.stack([quiet, loud])
+    alone = judge([both], TraceConfig(transforms=2)).score
+    assert alone == pytest.approx(2 / 11)
+    assert judge([both], TraceConfig(transforms=2), groups=[[0], [0, 1]]).score == pytest.approx((2 + 2 / 11) / 2)
 
 
 @pytest.mark.skipif(not has_kronfluence(), reason="no kronfluence")

@@ -7,9 +7,10 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from tarsift.sifters.image_text import ImageText, Towers, layers_that_run
+from tarsift.sifters.image_text import ImageText, Paired, Towers, choose_concepts, layers_that_run
 from tarsift.sifters.influence import fit_factors, influences
-from tarsift.sifters.settings import TraceConfig
+from tarsift.sifters.settings import TraceConfig, UnlearnConfig
+from tarsift.sifters.unlearn import unlearn
 from tests.sifters.test_influence import HESSIANS
 
 
@@ -86,3 +87,47 @@ def test_a_pair_supports_what_it_says(hessian):
     found = found.sum(axis=0)
     assert (np.diag(found) > 0).mean() > 0.9
     assert np.median(np.diag(found)) > 3 * np.abs(np.median(found))
+
+
+def test_concepts_say_other_things_than_what_is_said_and_than_each_other():
+    common = np.array([0.0, 0.0, 10.0])
+    around = np.array([[1.0, 0, 0], [0.9, 0.1, 0], [0, 1, 0], [0.1, 0.95, 0], [-1, -1, 0], [-1, -1.1, 0]])
+    captions = (around + common).astype(np.float32)
+    captions /= np.linalg.norm(captions, axis=1, keepdims=True)
+    assert choose_concepts(captions[1], captions, most=9, apart=0.5).tolist() == [2, 4]
+    assert choose_concepts(captions[1], captions, most=1, apart=0.5).tolist() == [2]
+    assert not len(choose_concepts(captions[1], captions[[1, 1]], most=9, apart=0.5))
+
+
+def paired(n: int = 12) -> tuple[nn.Module, Paired]:
+    torch.manual_seed(0)
+    pictures, tokens = torch.randint(256, (n, 3, 6, 6), dtype=torch.uint8), torch.randint(20, (n, 4))
+    tokens[1] = tokens[0]
+    half = torch.full((3, 1, 1), 0.5)
+    return Towers(Clip()), Paired(pictures, tokens, half, half, 10.0)
+
+
+def test_pictures_and_captions_of_a_batch_answer_to_each_other():
+    net, samples = paired()
+    rows = torch.tensor([0, 1, 5])
+    batch = samples.batch(rows, None)
+    image, text = net(*batch)
+    answers = samples.logits(net, batch)
+    assert torch.allclose(answers[:3].diagonal(), 10 * (image * text).sum(dim=1), atol=1e-5)
+    assert torch.allclose(answers[3:], answers[:3].T)
+    assert answers[0, 1] == answers[1, 0] == -1e4  # the same caption
+    assert answers[0, 2] > -11
+    assert samples.targets(rows).tolist() == [0, 1, 2] * 2
+    assert samples.owners(rows).tolist() == [0, 1, 5] * 2
+    assert torch.equal(samples.logits(net, batch, samples.unchanged(batch)), answers)
+
+
+@pytest.mark.parametrize("method", ["cf", "ssd", "scrub", "badt", "ibau"])
+def test_a_clip_forgets(method):
+    net, samples = paired()
+    forget = np.arange(12) < 3
+    config = UnlearnConfig(steps=3, batch_size=6, scrub_ascents=1, ibau_rounds=2, ibau_ascents=1, ibau_solves=1)
+    after = unlearn(net, samples, forget, method, config=config, anew=lambda seed: Towers(Clip()))
+    before = dict(net.named_parameters())
+    assert any(not torch.equal(value, before[name]) for name, value in after.named_parameters())
+    assert all(value.isfinite().all() for value in after.parameters())

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from tarsift.sifters.inputs import Pixels
 from tarsift.sifters.settings import UnlearnConfig
-from tarsift.sifters.unlearn import METHODS, WITHOUT_FORGOTTEN, unlearn
+from tarsift.sifters.unlearn import METHODS, WITHOUT_FORGOTTEN, Labelled, labelled, unlearn
 from tests.sifters.digits import TARGET, Made, as_floats, trained_on_a_patch
 
 QUICK = UnlearnConfig(
@@ -24,10 +24,11 @@ def patched_digits() -> Made:
     return trained_on_a_patch(seed=0)
 
 
-def inputs_of(made: Made) -> Pixels:
+def samples_of(made: Made, labels: np.ndarray | None = None) -> Labelled:
     """The training set as the network takes it, -1 to 1."""
     half = torch.full((3, 1, 1), 0.5)
-    return Pixels(torch.from_numpy(np.ascontiguousarray(made.images.transpose(0, 3, 1, 2))), half, half)
+    pictures = torch.from_numpy(np.ascontiguousarray(made.images.transpose(0, 3, 1, 2)))
+    return labelled(Pixels(pictures, half, half), made.labels if labels is None else labels)
 
 
 def forgotten(method: str, made: Made) -> np.ndarray:
@@ -37,7 +38,7 @@ def forgotten(method: str, made: Made) -> np.ndarray:
 
 def repaired(method: str, seed: int = 1, config: UnlearnConfig = QUICK) -> torch.nn.Module:
     made = patched_digits()
-    return unlearn(made.net, inputs_of(made), made.labels, forgotten(method, made), method, config=config, seed=seed)
+    return unlearn(made.net, samples_of(made), forgotten(method, made), method, config=config, seed=seed)
 
 
 @torch.no_grad()
@@ -106,7 +107,7 @@ def test_forgetting_others_repairs_nothing():
     made = patched_digits()
     at_random = np.random.default_rng(0).permutation(made.poison)
     config = QUICK.model_copy(update={"exact_steps": 600})
-    kept = unlearn(made.net, inputs_of(made), made.labels, at_random, "eu", config=config)
+    kept = unlearn(made.net, samples_of(made), at_random, "eu", config=config)
     assert rates(kept)[0] > 0.8
 
 
@@ -125,7 +126,7 @@ def test_what_is_refused(changes, says):
     made = patched_digits()
     given = {"labels": made.labels, "forget": made.poison, "method": "cf"} | changes
     with pytest.raises(ValueError, match=says):
-        unlearn(made.net, inputs_of(made), given["labels"], given["forget"], given["method"], config=QUICK)
+        unlearn(made.net, samples_of(made, given["labels"]), given["forget"], given["method"], config=QUICK)
 
 
 def test_weights_that_cannot_be_drawn_anew_are_told():
@@ -140,4 +141,4 @@ def test_weights_that_cannot_be_drawn_anew_are_told():
     made = patched_digits()
     net = torch.nn.Sequential(*copy.deepcopy(made.net), Scale())
     with pytest.raises(ValueError, match="layer '9'"):
-        unlearn(net, inputs_of(made), made.labels, made.poison, "eu", config=QUICK)
+        unlearn(net, samples_of(made), made.poison, "eu", config=QUICK)

@@ -1,0 +1,311 @@
+"""A CLIP without what it learned of some of its training samples, and what it says before and after.
+
+Exact unlearning and catastrophic forgetting (`eu`, `cf`) train on all shards without the samples, as `pretrain` does;
+the other methods work in the memory of one job, on the samples and some random others.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+
+from tarsift.operators import storage
+from tarsift.operators.encoder import short_name
+from tarsift.operators.errors import UsageError
+from tarsift.operators.folds import Foremost, row_hashes, scorable
+from tarsift.operators.models import Base, build_model, load_checkpoint, load_encoder, save_checkpoint
+from tarsift.operators.repairer import Examine, RepairConfig, UnlearnPairs
+from tarsift.operators.shards import ReadShard, Shard, list_shards
+from tarsift.operators.storage import join
+from tarsift.operators.stored import ReadStored, Stored
+from tarsift.operators.tracer import Question
+from tarsift.pipelines.embed import gpu_share
+from tarsift.pipelines.fitting import load_arrays
+from tarsift.pipelines.folding import run_fold
+from tarsift.pipelines.passes import embed_name
+from tarsift.pipelines.pretrain import pretrain
+from tarsift.pipelines.progress import Event, Listener, silent
+from tarsift.pipelines.run import Run, reopen_run
+from tarsift.pipelines.tasks import side_by_side
+from tarsift.pipelines.trace import (
+    ABOUT,
+    FOLDER,
+    JOB_TIMEOUT_S,
+    PLACE,
+    QUERIES,
+    SAMPLES,
+    load_trace,
+    put_table,
+    regime_of,
+)
+from tarsift.pipelines.train_job import PretrainConfig
+from tarsift.sifters.unlearn import METHODS
+
+REPAIRS, LIST = "repair", "forgotten.parquet"
+KEY = b"tarsift.repair"
+COLUMNS = ("shard", "row", "key", "image_offset", "image_size", "caption")
+
+
+@dataclass(frozen=True)
+class RepairResult:
+    """What was repaired.
+
+    Attributes:
+        encoder: the file of the repaired encoder.
+        method: of unlearning.
+        forgot: samples that it was to forget; listed: URL of their list.
+        before, after: shares, 0 to 1: of the `queries` of the trace, and of the `forgotten` samples, of which the model
+            says what was traced; `recall_at_5` of captions.
+        held: what the last is measured on.
+    """
+
+    encoder: str
+    method: str
+    forgot: int
+    listed: str
+    before: dict[str, float]
+    after: dict[str, float]
+    held: str
+    elapsed_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+
+def repair(
+    out: str,
+    *,
+    encoder: str,
+    to: str,
+    method: str = "cf",
+    trace: str | None = None,
+    forget: str | None = None,
+    held_out: str | Sequence[str] | None = None,
+    config: RepairConfig | None = None,
+    progress: Listener = silent,
+) -> RepairResult:
+    """Make an encoder that has forgotten the samples that were traced, or flagged.
+
+    Args:
+        out: result folder over the dump that it was trained on.
+        encoder: an encoder file of `pretrain`, or, but for `eu`, any that `pretrain --from` takes.
+        to: the file of the repaired one.
+        method: a name in `METHODS`; `eu` and `cf` are the ones that repair (see benchmarks/RESULTS.md).
+        trace: name of the trace; None: the only one there is, if any.
+        forget: `traced` or `flagged` samples; None: `traced` if there is a trace.
+        held_out: shards that it was not trained on, for `recall_at_5`; None: samples of the dump that are kept.
+        config: settings.
+        progress: told what is done.
+
+    Raises:
+        UsageError: no such method or trace, nothing to forget, or an encoder that was not trained on the dump or
+            cannot be repaired so.
+        BusyError: another run works on it.
+    """
+    start, config = time.monotonic(), config or RepairConfig()
+    if method not in METHODS:
+        raise UsageError(f"there is no method {method!r}: choose one of {', '.join(METHODS)}.")
+    if storage.absolute(to) == storage.absolute(encoder):
+        raise UsageError(f"{to} is the encoder itself: give another file for the repaired one.")
+    run = reopen_run(out, progress=progress)
+    run.complete(embed_name(run.roles[0]))
+    about = find_trace(run.out, trace, needed=forget == "traced")
+    forget = forget or ("traced" if about else "flagged")
+    if forget not in ("traced", "flagged"):
+        raise UsageError(f"`forget` must be traced or flagged, got {forget!r}.")
+    if forget == "flagged":
+        run.complete("flag")
+    loaded = load_encoder(encoder)
+    regime_of(loaded, run)
+    if method == "eu":
+        training = as_trained(encoder)
+    elif method == "cf":
+        training = PretrainConfig(base=encoder, epochs=config.epochs, seed=config.seed)
+        training = training if config.lr is None else with_rate(training, config.lr)
+    else:
+        training = None
+    repairing = _Repairing(run, encoder, about, config)
+    with run.working():
+        listed = join(run.out, REPAIRS, method, LIST)
+        forgotten = repairing.forgotten(forget)
+        if not len(forgotten):
+            raise UsageError(f"no sample of {run.out} is {forget}: there is nothing to forget.")
+        put_table(listed, forgotten)
+        held, what = repairing.held(held_out, forgotten)
+        before = repairing.examine(encoder, forgotten, held)
+        if training is not None:
+            urls = [shard.url for shard in run.shards]
+            training = training.model_copy(update={"read": run.config.read, "leave_out": listed})
+            pretrain(urls, out=to, config=training, progress=progress)
+        else:
+            repairing.unlearn(method, forgotten, to)
+        after = repairing.examine(to, forgotten, held)
+    result = RepairResult(to, method, len(forgotten), listed, before, after, what, round(time.monotonic() - start, 3))
+    storage.put_bytes(join(run.out, REPAIRS, method, "repair.json"), json.dumps(result.to_json(), indent=1).encode())
+    return result
+
+
+def find_trace(out: str, name: str | None, *, needed: bool) -> dict[str, Any] | None:
+    """Return what is known of a trace; of the only one, where none is named.
+
+    Raises:
+        UsageError: there is no such, none where one is needed, or more than one where none is named.
+    """
+    if name is not None:
+        return load_trace(join(out, FOLDER, name))
+    there = [file.removesuffix(f"/{ABOUT}") for file in storage.list_files(join(out, FOLDER), f"/{ABOUT}")]
+    if len(there) > 1:
+        raise UsageError(f"there are {len(there)} traces in {out}: give --trace {' or '.join(there)}.")
+    if not there and needed:
+        raise UsageError(f"there is no trace in {out}: make one with `tarsift trace`.")
+    return load_trace(join(out, FOLDER, there[0])) if there else None
+
+
+def as_trained(encoder: str) -> PretrainConfig:
+    """Return how an encoder file was trained.
+
+    Raises:
+        UsageError: if it does not say.
+    """
+    checkpoint = load_checkpoint(encoder)
+    settings = checkpoint.extra.get("settings")
+    if settings is None:
+        raise UsageError(f"{encoder} does not say how it was trained, which eu takes: use cf.")
+    known = {name: settings[name] for name in PretrainConfig.model_fields if name in settings}
+    return PretrainConfig(**{**known, "losses": None, "leave_out": None})
+
+
+def with_rate(config: PretrainConfig, lr: float) -> PretrainConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update={"lr": lr})})
+
+
+@dataclass(frozen=True)
+class _Repairing:
+    """A repair of an encoder by what is in one result folder."""
+
+    run: Run
+    spec: str
+    about: dict[str, Any] | None
+    config: RepairConfig
+
+    def forgotten(self, forget: str) -> pa.Table:
+        """Return the samples that are to be forgotten."""
+        if forget == "traced":
+            assert self.about is not None  # or there would be nothing traced
+            data = storage.read_bytes(join(self.run.out, FOLDER, self.about["name"], SAMPLES))
+            table = pq.read_table(pa.BufferReader(data))
+            return table.filter(table["traced"]).select(list(COLUMNS)).replace_schema_metadata(None)
+        embedded = Stored(join(self.run.out, "embeddings", self.run.roles[0]), COLUMNS)
+        read = ReadStored([embedded, Stored(join(self.run.out, "flags"), ("flagged",))])
+        parts = [table.filter(pc.field("flagged")) for name in self.run.names for table in read(name)]
+        usable = pa.concat_tables(parts).filter(pc.field("image_offset").is_valid() & pc.field("caption").is_valid())
+        return usable.select(list(COLUMNS)).replace_schema_metadata(None)
+
+    def held(self, held_out: str | Sequence[str] | None, forgotten: pa.Table) -> tuple[_Held, str]:
+        """Return pairs on which retrieval is measured, and what they are."""
+        if held_out is not None:
+            shards = list_shards(held_out)
+            rows = pa.concat_tables(_pairs_of(shards, self.run, self.config.held))
+            return _Held(rows, shards), f"{len(rows):,} pairs of {len(shards)} shards that are held out"
+        rows = self._random(self.config.held, forgotten)
+        return _Held(rows, self.run.shards), f"{len(rows):,} random pairs of the dump that are kept"
+
+    def _random(self, count: int, leave: pa.Table) -> pa.Table:
+        embedded = Stored(join(self.run.out, "embeddings", self.run.roles[0]), (*PLACE, "error"))
+        fold = Foremost(count + len(leave), key=KEY, value=_drawn, columns=("error",), kept=PLACE)
+        rows = run_fold(fold, self.run.names, [embedded])
+        gone = set(zip(leave["shard"].to_pylist(), leave["row"].to_pylist(), strict=True))
+        places = zip(rows["shard"].to_pylist(), rows["row"].to_pylist(), strict=True)
+        kept = rows.filter(pa.array([place not in gone for place in places], pa.bool_()))
+        return kept.slice(0, count).select(list(COLUMNS))
+
+    def examine(self, spec: str, forgotten: pa.Table, held: _Held) -> dict[str, float]:
+        question = None
+        if self.about is not None:
+            arrays, _ = load_arrays(join(self.run.out, FOLDER, self.about["name"], QUERIES))
+            question = Question(arrays["pictures"], tuple(self.about["concepts"]))
+        shards = {shard.name: shard for shard in self.run.shards}
+        others = {shard.name: shard for shard in held.shards}
+        job = Examine(shards, others, self.run.config.images, question)
+        self.run.progress(Event("examine", 0, 1, unit="encoder"))
+        [found] = [
+            ray.get(result)
+            for _, (result,) in side_by_side(
+                _examine, [(spec, (job, spec, forgotten, held.rows))], timeout_s=JOB_TIMEOUT_S
+            )
+        ]
+        self.run.progress(Event("examine", 1, 1, unit="encoder", finished=True))
+        return {name: round(value, 4) for name, value in found.items()}
+
+    def unlearn(self, method: str, forgotten: pa.Table, to: str) -> None:
+        """Unlearn in a job, and write the encoder file."""
+        retained = self._random(self.config.retained, forgotten)
+        shards = {shard.name: shard for shard in self.run.shards}
+        gpus = gpu_share(self.run.config.resources)
+        job = UnlearnPairs(self.spec, shards, self.run.config.images, method, self.config, "cuda" if gpus else "cpu")
+        self.run.progress(Event(method, 0, 1, unit="encoder"))
+        call = [(method, (job, forgotten, retained))]
+        [state] = [
+            ray.get(result) for _, (result,) in side_by_side(_unlearn, call, num_gpus=gpus, timeout_s=JOB_TIMEOUT_S)
+        ]
+        self.run.progress(Event(method, 1, 1, unit="encoder", finished=True))
+        loaded = load_encoder(self.spec)
+        if loaded.config is None:
+            raise UsageError(f"{self.spec} does not say what it is built from: give an encoder file of `pretrain`.")
+        model = build_model(loaded.config, seed=0)
+        model.load_state_dict(state)
+        base = Base(
+            short_name(self.spec), loaded.weights_sha256, loaded.trained_on or {}, loaded.steps,
+            loaded.unknown_base or (short_name(self.spec) if loaded.trained_on is None else None),
+        )  # fmt: skip
+        save_checkpoint(
+            to, model, config=loaded.config, shards=self.run.digests, steps=0, samples=0, seed=self.config.seed,
+            base=base, extra={"repaired_by": method, "forgot": len(forgotten)},
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Held:
+    rows: pa.Table
+    shards: Sequence[Shard]
+
+
+def _pairs_of(shards: Sequence[Shard], run: Run, most: int) -> list[pa.Table]:
+    """Return the first pairs of shards."""
+    parts, count = [], 0
+    for shard in shards:
+        for table in ReadShard(run.config.read)(shard):
+            pairs = table.filter(pc.field("error").is_null()).select(list(COLUMNS)).slice(0, most - count)
+            parts.append(pairs)
+            count += len(pairs)
+            if count == most:
+                return parts
+    if not count:
+        raise UsageError("the shards that are held out have no pair of a picture and a caption.")
+    return parts
+
+
+def _drawn(table: pa.Table) -> np.ndarray:
+    usable = np.asarray(table["caption"].is_valid()) & scorable(table)
+    return np.where(usable, row_hashes(table, KEY) / 2.0**64, np.nan)
+
+
+def _examine(job: Examine, spec: str, forgotten: pa.Table, held: pa.Table) -> dict[str, float]:
+    return job(spec, forgotten, held)
+
+
+def _unlearn(job: UnlearnPairs, forgotten: pa.Table, retained: pa.Table) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(1)
+    return job(forgotten, retained)

@@ -1,0 +1,445 @@
+"""From what a trained model says wrongly of a picture back to the training samples that taught it.
+
+1. `random`      a random sample of the dump's pairs; captions of it that say different things
+2. `curvature`   what all traces of one encoder share, fitted on that sample        trace/.curvature/<digest>/
+3. `candidates`  suspects, captions like what the model says, and random samples
+4. `trace`       Delta-Influence of each candidate, slice by slice                   trace/<name>/.slices/
+5. the ranking and a page of pictures                                                trace/<name>/
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from tarsift.clip_detect.neighbors import unit_norm
+from tarsift.operators import storage
+from tarsift.operators.decoding import ImageConfig, UnusableImage
+from tarsift.operators.encoder import EncoderInfo, Regime, encoder_regime, short_name
+from tarsift.operators.errors import UsageError
+from tarsift.operators.folds import Foremost, row_hashes, scorable
+from tarsift.operators.isolation import IsolatedDecoder
+from tarsift.operators.models import LoadedEncoder, load_encoder
+from tarsift.operators.schema import matrix
+from tarsift.operators.shards import Shard
+from tarsift.operators.storage import join
+from tarsift.operators.stored import Stored
+from tarsift.operators.trace_settings import TracingConfig
+from tarsift.operators.tracer import (
+    BANKS,
+    FitCurvature,
+    Question,
+    TraceSlice,
+    combined,
+    embed_captions,
+    fetch_pictures,
+    refuse_too_large,
+    said_of,
+    with_verdict,
+)
+from tarsift.pipelines.embed import gpu_share
+from tarsift.pipelines.fitting import save_arrays
+from tarsift.pipelines.folding import run_fold
+from tarsift.pipelines.ledger import Ledger, fingerprint
+from tarsift.pipelines.passes import embed_name
+from tarsift.pipelines.progress import Event, Listener, silent
+from tarsift.pipelines.report.tracing import write_trace_page
+from tarsift.pipelines.run import Run, reopen_run
+from tarsift.pipelines.stopping import stop_if_asked
+from tarsift.pipelines.tasks import side_by_side
+from tarsift.sifters.image_text import choose_concepts
+
+FOLDER, CURVATURE, SLICES = "trace", ".curvature", ".slices"
+ABOUT, SAMPLES, QUERIES = "trace.json", "samples.parquet", "queries.npz"
+JOB_TIMEOUT_S = 24 * 3600.0  # the curvature of a large model takes an hour on a GPU
+KEY = b"tarsift.trace"
+PLACE = ("shard", "row", "key", "uid", "image_offset", "image_size", "image_sha256", "caption")
+CAPTIONS = 4096  # of the random sample, among which those of different concepts are looked for
+SUSPICION = "suspicion"
+Value = Callable[[pa.Table], np.ndarray]
+
+
+@dataclass(frozen=True)
+class TraceResult:
+    """What was traced.
+
+    Attributes:
+        name: of the trace; its files are in OUT/trace/NAME.
+        says: what the model says of the queries, which was traced.
+        candidates: samples that were looked at; of: samples of the dump.
+        traced: those of them that it was traced to.
+        samples: URL of the Parquet file with every candidate, the most probable first.
+        report: URL of the page.
+        regime: what is known of the encoder's training on this dump.
+    """
+
+    name: str
+    says: str
+    candidates: int
+    of: int
+    traced: int
+    samples: str
+    report: str
+    regime: str
+    elapsed_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+
+def trace(
+    out: str,
+    *,
+    encoder: str,
+    queries: Sequence[str],
+    says: str,
+    name: str | None = None,
+    config: TracingConfig | None = None,
+    progress: Listener = silent,
+) -> TraceResult:
+    """Trace what a CLIP says of pictures back to samples of the dump it was trained on.
+
+    The same call again goes on where it stopped, or returns what is there. It needs no scores, and looks at the
+    suspects first where there are some.
+
+    Args:
+        out: result folder of `clean` or `embed` over the dump.
+        encoder: the CLIP that says so, as `--encoder detect=` takes it.
+        queries: pictures of which it says `says` and should not; several of one trigger are better than one.
+        says: the caption.
+        name: of the trace; a digest of what is asked where None.
+        config: settings.
+        progress: told what is done.
+
+    Raises:
+        UsageError: `out` is no result folder, a query cannot be read, the encoder does not say so of it or was not
+            trained on the dump, or nothing of the dump can be looked at.
+        BusyError: another run works on it.
+    """
+    start, config = time.monotonic(), config or TracingConfig()
+    run = reopen_run(out, progress=progress)
+    run.complete(embed_name(run.roles[0]))
+    if not says.strip():
+        raise UsageError("`says` is empty: give the caption that the model gives the pictures.")
+    loaded = load_encoder(encoder)
+    pictures = read_queries(queries, loaded)
+    refuse_too_large(loaded, config)
+    tracing = _Tracing(run, encoder, loaded, pictures, says, config, regime_of(loaded, run))
+    print_ = tracing.fingerprint()
+    name = name or print_[:8]
+    folder = join(run.out, FOLDER, name)
+    about = load_trace(folder) if storage.exists(join(folder, ABOUT)) else {}
+    if about.get("fingerprint") != print_:
+        with run.working():
+            found, about = tracing.find(name, print_, queries)
+            about["elapsed_s"] = round(time.monotonic() - start, 3)
+            put_table(join(folder, SAMPLES), found)
+            save_arrays(join(folder, QUERIES), {"pictures": pictures}, {})
+            about["report"] = write_trace_page(folder, about, found, run.shards, pictures)
+            storage.put_bytes(join(folder, ABOUT), json.dumps(about, indent=1).encode())
+            for left in (join(run.out, FOLDER, SLICES), join(run.out, "ledger", f"{FOLDER}.{name}")):
+                storage.remove_tree(left)
+    return TraceResult(
+        samples=join(folder, SAMPLES),
+        **{field: about[field] for field in TraceResult.__dataclass_fields__ if field in about},
+    )
+
+
+def load_trace(folder: str) -> dict[str, Any]:
+    """Return what is known of a trace.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    try:
+        return json.loads(storage.read_bytes(join(folder, ABOUT)))
+    except FileNotFoundError:
+        raise UsageError(f"there is no trace in {folder}: make one with `tarsift trace`.") from None
+
+
+def read_queries(urls: Sequence[str], encoder: LoadedEncoder) -> np.ndarray:
+    """Return pictures (q, size, size, 3) uint8 as the encoder takes them.
+
+    Raises:
+        UsageError: there is none, one is not there, or is no picture.
+    """
+    if not urls:
+        raise UsageError("give at least one picture of which the model says what it should not.")
+    how = {"interpolation": encoder.interpolation, "resize_mode": encoder.resize_mode}
+    pictures = []
+    with IsolatedDecoder(encoder.image_size, **how, config=ImageConfig()) as decode:
+        for url in urls:
+            try:
+                with storage.reachable(url):
+                    pictures.append(decode(storage.read_bytes(url)))
+            except FileNotFoundError:
+                raise UsageError(f"there is no picture {url}.") from None
+            except UnusableImage as error:
+                raise UsageError(f"{url} cannot be used as a picture: {error.reason}.") from None
+    return np.stack(pictures)
+
+
+def regime_of(encoder: LoadedEncoder, run: Run) -> Regime:
+    """Compare what an encoder was trained on with the dump.
+
+    Raises:
+        UsageError: if it never saw it: nothing there can be behind what it says.
+    """
+    facts = {field: getattr(encoder, field) for field in EncoderInfo.__dataclass_fields__}
+    regime = encoder_regime(EncoderInfo(**{**facts, "name": short_name(encoder.name)}), run.digests)
+    if regime.code == "not_trained_on_this_dump":
+        raise UsageError(f"{regime.sentence} Nothing there can be behind what it says.")
+    return regime
+
+
+@dataclass(frozen=True)
+class _Tracing:
+    """One trace of one result folder."""
+
+    run: Run
+    spec: str
+    encoder: LoadedEncoder
+    pictures: np.ndarray
+    says: str
+    config: TracingConfig
+    regime: Regime
+
+    @property
+    def images(self) -> ImageConfig:
+        return self.run.config.images
+
+    @property
+    def role(self) -> str:
+        """Whose captions are compared: the traced encoder's own if it has embedded the dump, else the first."""
+        known = self.run.content.get("encoders", {})
+        own = [r for r in self.run.roles if known.get(r, {}).get("weights_sha256") == self.encoder.weights_sha256]
+        return (own or list(self.run.roles))[0]
+
+    @property
+    def device(self) -> str:
+        return "cuda" if gpu_share(self.run.config.resources) else "cpu"
+
+    def fingerprint(self) -> str:
+        """Digest of all that the trace depends on."""
+        pictures = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in self.pictures]
+        passes = [self.run.fingerprint_of(name) for name in (embed_name(self.role), "score")]
+        settings = self.config.model_dump(mode="json")
+        return fingerprint("trace", self.encoder.weights_sha256, pictures, self.says, settings, passes)
+
+    def find(self, name: str, print_: str, queries: Sequence[str]) -> tuple[pa.Table, dict[str, Any]]:
+        """Return every candidate, the most probable first, and what is to be known of them."""
+        few = self.config.method.curvature_samples
+        sample = self._foremost(max(few, CAPTIONS, self.config.others), _drawn, ("error",))
+        question = Question(self.pictures, self._concepts(sample["caption"].to_pylist()))
+        self._refuse_unsaid(question, queries)
+        candidates = self._candidates(sample.slice(0, self.config.others))
+        curvature = self._curvature(sample.slice(0, few))
+        asked = self._slices(name, print_, 0, question, curvature, candidates)
+        found, echoes = combined(asked, None, self.config), 0
+        for number in range(1, self.config.rounds + 1):
+            echo = self._echo(found, question.concepts)
+            if echo is None:
+                break
+            echoed = self._slices(name, print_, number, echo, curvature, candidates)
+            found, echoes = combined(asked, echoed, self.config), len(echo.samples)
+        found, cutoff = with_verdict(found, self.config)
+        return found, {
+            "name": name,
+            "fingerprint": print_,
+            "says": self.says,
+            "queries": [storage.without_secrets(query) for query in queries],
+            "encoder": {"spec": storage.without_secrets(self.spec), "weights_sha256": self.encoder.weights_sha256},
+            "regime": self.regime.sentence,
+            "config": self.config.model_dump(mode="json"),
+            "concepts": list(question.concepts),
+            "echoes": echoes,
+            "candidates": len(found),
+            "of": sum(entry["rows"] for entry in self.run.embedded.values()),
+            "cutoff": cutoff,
+            "traced": int(np.asarray(found["traced"]).sum()),
+        }
+
+    def _foremost(
+        self, count: int, value: Value, columns: Sequence[str], folders: Sequence[str | Stored] = ()
+    ) -> pa.Table:
+        """Return the rows that a value is highest of, and where their pictures are."""
+        embedded = Stored(join(self.run.out, "embeddings", self.role), tuple(dict.fromkeys((*PLACE, *columns))))
+        fold = Foremost(count, key=KEY, value=value, columns=tuple(columns), kept=PLACE)
+        return run_fold(fold, self.run.names, [embedded, *folders])
+
+    def _concepts(self, captions: Sequence[str]) -> tuple[str, ...]:
+        """Return what is said, and captions of the dump that say other things."""
+        distinct = list(dict.fromkeys(captions))
+        if not distinct:
+            raise UsageError(f"no sample of {self.run.out} has an image and a caption: there is nothing to trace to.")
+        embedded = embed_captions(self.encoder, [self.says, *distinct])
+        most = self.config.concepts - 1
+        others = choose_concepts(embedded[0], embedded[1:], most=most, apart=self.config.apart)
+        if not len(others):
+            raise UsageError(
+                f"to the encoder all captions of {self.run.out} say the same as {self.says!r}: there is nothing else "
+                "that it could say of a picture."
+            )
+        return (self.says, *(distinct[row] for row in others))
+
+    def _refuse_unsaid(self, question: Question, queries: Sequence[str]) -> None:
+        """Refuse pictures of which the model says something else.
+
+        Raises:
+            UsageError: names the first, and what the model says of it.
+        """
+        for query, cosines in zip(queries, said_of(self.encoder, question), strict=True):
+            best = int(cosines.argmax())
+            if best:
+                raise UsageError(
+                    f"of {query} the encoder says {question.concepts[best]!r} (cosine {cosines[best]:.2f}) rather than "
+                    f"{self.says!r} ({cosines[0]:.2f}): there is nothing to trace."
+                )
+
+    def _candidates(self, others: pa.Table) -> pa.Table:
+        """Return random samples, suspects, and captions like what is said, each sample once, by shard and row."""
+        groups = {"random": others}
+        if self.config.suspects and self.run.fingerprint_of("score"):
+            scores = Stored(join(self.run.out, "scores"), ("shard", "row", SUSPICION))
+            groups["suspect"] = self._foremost(self.config.suspects, _suspicion, (SUSPICION,), [scores])
+        said = self._said_stored() if self.config.alike else None
+        if said is not None:
+            groups["alike"] = self._foremost(self.config.alike, Alike(said), ("text_embedding",))
+        why: dict[tuple[str, int], list[str]] = {}
+        for name, table in groups.items():
+            for place in zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True):
+                why.setdefault(place, []).append(name)
+        whole = pa.concat_tables(table.select(list(PLACE)) for table in groups.values())
+        places = list(zip(whole["shard"].to_pylist(), whole["row"].to_pylist(), strict=True))
+        first = {place: row for row, place in reversed(list(enumerate(places)))}
+        order = sorted(why)
+        return whole.take(pa.array([first[place] for place in order])).append_column(
+            "candidate", pa.array([why[place] for place in order], pa.list_(pa.string()))
+        )
+
+    def _said_stored(self) -> np.ndarray | None:
+        """Return what is said as the encoder embeds it whose captions are stored; None where none are."""
+        config = self.run.config.encoders[self.role]
+        if "text" not in config.towers:
+            return None
+        own = self.run.content["encoders"][self.role]["weights_sha256"] == self.encoder.weights_sha256
+        return embed_captions(self.encoder if own else load_encoder(config.spec), [self.says])[0]
+
+    def _curvature(self, sample: pa.Table) -> str:
+        """Return the folder of the encoder's curvature, fitted now unless it was for an earlier trace."""
+        method = self.config.method.model_dump(include={"hessian", "curvature_samples"})
+        settings = self.config.model_dump(include={"bank", "seed", "layers"})
+        embedded = self.run.fingerprint_of(embed_name(self.role))
+        print_ = fingerprint("curvature", self.encoder.weights_sha256, settings, method, embedded)
+        folder = join(self.run.out, FOLDER, CURVATURE, print_)
+        self.run.progress(Event("curvature", 0, 1, unit="sample"))
+        if not storage.exists(join(folder, BANKS)):  # which is written last
+            job = FitCurvature(self.spec, self._shards(), self.images, folder, self.config, self.device)
+            gpus = gpu_share(self.run.config.resources)
+            call = [("the curvature", (job, sample))]
+            for _, (result,) in side_by_side(_fit, call, num_gpus=gpus, timeout_s=JOB_TIMEOUT_S):
+                ray.get(result)
+        self.run.progress(Event("curvature", 1, 1, len(sample), unit="sample", finished=True))
+        return folder
+
+    def _echo(self, found: pa.Table, concepts: tuple[str, ...]) -> Question | None:
+        """Ask of the best candidates too, where the model says the same of them; None where there is no such."""
+        best, pictures = fetch_pictures(found.slice(0, self.config.echoes), self._shards(), self.encoder, self.images)
+        if not len(best):
+            return None
+        said = said_of(self.encoder, Question(pictures, concepts)).argmax(axis=1) == 0
+        places = list(zip(best["shard"].to_pylist(), best["row"].to_pylist(), strict=True))
+        chosen = np.flatnonzero(said)
+        samples = tuple(places[row] for row in chosen)
+        return Question(pictures[chosen], concepts, samples) if samples else None
+
+    def _slices(
+        self, name: str, print_: str, number: int, question: Question, curvature: str, candidates: pa.Table
+    ) -> pa.Table:
+        """Trace what is not traced yet in a round, and return all."""
+        size = self.config.slice
+        parts = {
+            f"{number}-{start // size:05}": candidates.slice(start, size) for start in range(0, len(candidates), size)
+        }
+        ledger, folder = Ledger(self.run.out, f"{FOLDER}.{name}", print_), join(self.run.out, FOLDER, SLICES, print_)
+        there = set(storage.list_files(folder, ".parquet"))
+        done = {part: entry for part, entry in ledger.begin(parts).items() if f"{part}.parquet" in there}
+        resources, what = self.run.config.resources, "trace" if not number else f"trace ({number})"
+
+        def told(*, finished: bool = False) -> None:
+            rows = sum(entry["rows"] for entry in done.values())
+            self.run.progress(Event(what, len(done), len(parts), rows, unit="slices", finished=finished))
+
+        told()
+        job = TraceSlice(self.spec, self._shards(), self.images, curvature, question, self.config, self.device)
+        held = ray.put(job)
+        waiting = [part for part in parts if part not in done]
+        calls = ((part, (held, parts[part], join(folder, f"{part}.parquet"))) for part in waiting)
+        options = {"num_gpus": gpu_share(resources), "at_once": resources.workers, "timeout_s": JOB_TIMEOUT_S}
+        for part, (result,) in side_by_side(_trace_slice, calls, **options):
+            done[part] = ledger.commit(part, {"rows": ray.get(result)})
+            stop_if_asked()
+            told()
+        told(finished=True)
+        files = [join(folder, f"{part}.parquet") for part in parts]
+        return pa.concat_tables(pq.read_table(io.BytesIO(storage.read_bytes(file))) for file in files)
+
+    def _shards(self) -> dict[str, Shard]:
+        return {shard.name: shard for shard in self.run.shards}
+
+
+class Alike:
+    """How near captions are to one, as cosines (n,); NaN where there is none. Picklable, for a fold."""
+
+    def __init__(self, said: np.ndarray) -> None:
+        self.said = said
+
+    def __call__(self, table: pa.Table) -> np.ndarray:
+        captions, there = matrix(table["text_embedding"])
+        usable = there & np.asarray(table["image_offset"].is_valid())
+        return np.where(usable, unit_norm(captions.astype(np.float32)) @ self.said, np.nan)
+
+
+def _drawn(table: pa.Table) -> np.ndarray:
+    """Draw pairs at random: each one's number from 0 to 1."""
+    usable = np.asarray(table["caption"].is_valid()) & scorable(table)
+    return np.where(usable, row_hashes(table, KEY + b".random") / 2.0**64, np.nan)
+
+
+def _suspicion(table: pa.Table) -> np.ndarray:
+    usable = np.asarray(table["image_offset"].is_valid()) & np.asarray(table["caption"].is_valid())
+    return np.where(usable, table[SUSPICION].to_numpy().astype(np.float64), np.nan)
+
+
+def _fit(job: FitCurvature, sample: pa.Table) -> int:
+    import torch
+
+    torch.set_num_threads(1)  # a result must not depend on how many there are
+    return job(sample)
+
+
+def _trace_slice(job: TraceSlice, candidates: pa.Table, out: str) -> int:
+    import torch
+
+    torch.set_num_threads(1)
+    found = job(candidates)
+    put_table(out, found)
+    return len(found)
+
+
+def put_table(url: str, table: pa.Table) -> None:
+    """Write a small table as one Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    storage.put_bytes(url, sink.getvalue())
