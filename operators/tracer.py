@@ -31,6 +31,7 @@ MICRO_BATCH = 64
 FACTORS, BANKS = "factors", "banks.npz"
 PROJECTION = "projection"
 LAYERS = {"projection": (PROJECTION,), "image": (PROJECTION, "model.visual."), "both": ("",)}  # of `Towers`
+NORMAL = 1.4826  # by which the median distance from the median is the deviation of a normal distribution
 RANDOM = "random"  # candidates that show what is usual
 
 
@@ -173,7 +174,7 @@ def _groups(tracked: Sequence[str]) -> list[list[int]]:
 def combined(asked: pa.Table, echoed: pa.Table | None, config: TracingConfig) -> pa.Table:
     """Return candidates with what all queries say of them, the most probable first.
 
-    Appends `own_score`, the mean of the relative score over all queries, and `trace_score`, the mean of it over the
+    Appends `own_score`, the mean of the relative score over all queries, and `trace_score`, the mean of that over the
     candidates whose pictures are nearest to the model: what was planted lies together. Of the queries that were asked
     `influence` (their mean), `collapses` (the least) and `by_count`, the paper's rule.
 
@@ -209,17 +210,17 @@ def smoothed(
     return scores[knn(embedded, embedded, k, query_ids=places, reference_ids=places).indices].mean(axis=1)
 
 
-def with_verdict(candidates: pa.Table, config: TracingConfig) -> tuple[pa.Table, float]:
-    """Append `traced`, and return the cutoff beside them.
+def with_verdict(candidates: pa.Table, config: TracingConfig) -> pa.Table:
+    """Turn `trace_score` into deviations above the candidates that were drawn at random, and append `traced`.
 
-    It is so many deviations above the median of the candidates that were drawn at random; both are robust, since a
-    part of them may be what is looked for.
+    Median and deviation are robust, since a part of those may be what is looked for.
     """
     score = np.asarray(candidates["trace_score"].combine_chunks(), np.float64)
     random = score[[RANDOM in why for why in candidates["candidate"].to_pylist()]]
     middle = float(np.median(random))
-    cutoff = middle + config.above * 1.4826 * float(np.median(np.abs(random - middle)))
-    return append(candidates, {"traced": score >= cutoff}), cutoff
+    spread = NORMAL * float(np.median(np.abs(random - middle)))
+    above = ((score - middle) / (spread or 1.0)).astype(np.float32)
+    return append(candidates, {"trace_score": above, "traced": above >= config.above})
 
 
 def refuse_too_large(encoder: LoadedEncoder, config: TracingConfig) -> None:

@@ -14,6 +14,7 @@ from tarsift.operators import storage
 from tarsift.operators.errors import TarsiftError, UsageError
 from tarsift.operators.models import load_checkpoint, state_sha256
 from tarsift.operators.shards import ReadConfig, ReadShard, Shard, ShardEnd, list_shards
+from tarsift.pipelines.leaving import read_left_out
 from tarsift.pipelines.pairs import count_pairs
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.session import TASK_OPTIONS, session
@@ -70,8 +71,12 @@ def pretrain(
     out, start = storage.absolute(out), time.monotonic()
     if config.losses is not None:
         config = config.model_copy(update={"losses": storage.absolute(config.losses)})
+    if config.leave_out is not None:
+        config = config.model_copy(update={"leave_out": storage.absolute(config.leave_out)})
     origin = find_origin(config, out)
     found = list_shards(shards)
+    if config.leave_out is not None:
+        read_left_out(config.leave_out, found)  # a wrong one is refused before shards are digested
     if config.batch_size % config.workers:
         raise UsageError(f"batch_size {config.batch_size} cannot be shared among {config.workers} workers evenly.")
     with session():

@@ -119,10 +119,10 @@ def repair(
         raise UsageError(f"{to} is the encoder itself: give another file for the repaired one.")
     run = reopen_run(out, progress=progress)
     run.complete(embed_name(run.roles[0]))
-    about = find_trace(run.out, trace, needed=forget == "traced")
-    forget = forget or ("traced" if about else "flagged")
-    if forget not in ("traced", "flagged"):
+    if forget not in ("traced", "flagged", None):
         raise UsageError(f"`forget` must be traced or flagged, got {forget!r}.")
+    about = find_trace(run.out, trace, forget)
+    forget = forget or ("traced" if about else "flagged")
     if forget == "flagged":
         run.complete("flag")
     loaded = load_encoder(encoder)
@@ -155,20 +155,22 @@ def repair(
     return result
 
 
-def find_trace(out: str, name: str | None, *, needed: bool) -> dict[str, Any] | None:
+def find_trace(out: str, name: str | None, forget: str | None) -> dict[str, Any] | None:
     """Return what is known of a trace; of the only one, where none is named.
 
     Raises:
-        UsageError: there is no such, none where one is needed, or more than one where none is named.
+        UsageError: there is no such, or none or several where one is to be forgotten.
     """
     if name is not None:
         return load_trace(join(out, FOLDER, name))
     there = [file.removesuffix(f"/{ABOUT}") for file in storage.list_files(join(out, FOLDER), f"/{ABOUT}")]
-    if len(there) > 1:
+    if len(there) == 1:
+        return load_trace(join(out, FOLDER, there[0]))
+    if there and forget != "flagged":
         raise UsageError(f"there are {len(there)} traces in {out}: give --trace {' or '.join(there)}.")
-    if not there and needed:
+    if forget == "traced":
         raise UsageError(f"there is no trace in {out}: make one with `tarsift trace`.")
-    return load_trace(join(out, FOLDER, there[0])) if there else None
+    return None
 
 
 def as_trained(encoder: str) -> PretrainConfig:

@@ -180,11 +180,12 @@ def read_queries(urls: Sequence[str], encoder: LoadedEncoder) -> np.ndarray:
     pictures = []
     with IsolatedDecoder(encoder.image_size, **how, config=ImageConfig()) as decode:
         for url in urls:
+            if not storage.exists(url):
+                raise UsageError(f"there is no picture {url}.")
+            with storage.reachable(url):
+                data = storage.read_bytes(url)
             try:
-                with storage.reachable(url):
-                    pictures.append(decode(storage.read_bytes(url)))
-            except FileNotFoundError:
-                raise UsageError(f"there is no picture {url}.") from None
+                pictures.append(decode(data))
             except UnusableImage as error:
                 raise UsageError(f"{url} cannot be used as a picture: {error.reason}.") from None
     return np.stack(pictures)
@@ -253,7 +254,7 @@ class _Tracing:
                 break
             echoed = self._slices(name, print_, number, echo, curvature, candidates)
             found, echoes = combined(asked, echoed, self.config), len(echo.samples)
-        found, cutoff = with_verdict(found, self.config)
+        found = with_verdict(found, self.config)
         return found, {
             "name": name,
             "fingerprint": print_,
@@ -266,7 +267,6 @@ class _Tracing:
             "echoes": echoes,
             "candidates": len(found),
             "of": sum(entry["rows"] for entry in self.run.embedded.values()),
-            "cutoff": cutoff,
             "traced": int(np.asarray(found["traced"]).sum()),
         }
 

@@ -15,6 +15,7 @@ from tarsift.operators.folds import (
     CountDuplicates,
     CountNear,
     FetchRows,
+    Foremost,
     SelectTop,
     Side,
     SmallestHashes,
@@ -65,6 +66,10 @@ def near(cutoff, quarantined) -> CountNear:
     return CountNear(cutoff, "suspicion", judged=Judged(FlagConfig(), quarantined), columns=Judged.columns)
 
 
+def density_of(table) -> np.ndarray:
+    return np.asarray(table["density"].to_numpy(), np.float64)
+
+
 FOLDS = {
     "smallest": SmallestHashes(40, key=KEY, salt="a"),
     "smallest_above": SmallestHashes(40, key=KEY, salt="a", side=Side("density", 0.5, True)),
@@ -75,6 +80,7 @@ FOLDS = {
     "top": top(TopFraction.start(0.07), FlagConfig()),
     "near": near(0.5, frozenset({"s1"})),
     "count": Count("error"),
+    "foremost": Foremost(25, key=KEY, value=density_of, columns=("density",), kept=("shard", "row", "error")),
 }
 
 
@@ -90,6 +96,8 @@ def same(a, b) -> bool:
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, tuple):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, pa.Table):
+        return a.equals(b)
     if isinstance(a, TopFraction):
         return same(vars(a), vars(b))
     return bool(np.array_equal(a, b))
@@ -156,6 +164,17 @@ def test_near_counts_within_one_unit_in_the_last_place(rows):
     ok = np.array([e is None for e in rows["error"].to_pylist()])
     scores = np.asarray(rows["suspicion"].combine_chunks().fill_null(np.nan).to_numpy(zero_copy_only=False))
     assert (close, judged_rows) == (int((scores[ok] == np.float32(0.5)).sum()), int(ok.sum()))
+
+
+@pytest.mark.parametrize("count", [0, 1, 25, N])
+def test_foremost_are_those_of_highest_value_and_then_of_smallest_row_hash(rows, count):
+    fold = Foremost(count, key=KEY, value=density_of, columns=("density",), kept=("shard", "row"))
+    found = total(fold, [rows.slice(i, 100) for i in range(0, N, 100)])
+    values, hashes = density_of(rows), row_hashes(rows, KEY)
+    order = [i for i in np.lexsort((hashes, -values)) if not np.isnan(values[i])][:count]
+    assert found["shard"].to_pylist() == [rows["shard"][i].as_py() for i in order]
+    assert found["row"].to_pylist() == [rows["row"][i].as_py() for i in order]
+    assert np.array_equal(found["value"], values[order])
 
 
 def test_empty_tables_change_nothing(rows):
