@@ -18,6 +18,7 @@ def schema_page() -> str:
     """Columns of the row, from `operators/schema.py` and `operators/errors.py`."""
     from tarsift.operators.errors import IMAGE_USABLE, REASONS, SHARD_PROBLEMS
     from tarsift.operators.schema import COLUMNS, SCHEMA_VERSION
+    from tarsift.operators.tracer import TRACE_COLUMNS
 
     lines = [
         f"# The row (schema version {SCHEMA_VERSION})\n",
@@ -25,6 +26,8 @@ def schema_page() -> str:
         "|---|---|---|---|",
     ]
     lines += [f"| `{n}` | {c.type} | {c.written_by} | {c.meaning} |" for n, c in COLUMNS.items()]
+    lines += ["\n## `trace/NAME/samples.parquet`\n", "| column | meaning |", "|---|---|"]
+    lines += [f"| `{name}` | {meaning} |" for name, meaning in TRACE_COLUMNS.items()]
     lines += ["\n## Reason codes of `error`\n", "| code | meaning | still scored |", "|---|---|---|"]
     lines += [f"| `{code}` | {text} | {'yes' if code in IMAGE_USABLE else 'no'} |" for code, text in REASONS.items()]
     lines += ["\n## Problems of a shard\n", "| code | meaning |", "|---|---|"]
@@ -68,12 +71,16 @@ def scores_page() -> str:
 
 def settings_page() -> str:
     """Every setting with type, default and meaning, from the pydantic models."""
-    from tarsift.pipelines.config import all_settings
+    from tarsift.operators.repair_settings import RepairConfig
+    from tarsift.operators.trace_settings import TracingConfig
+    from tarsift.pipelines.config import CleanConfig, all_settings
 
-    lines = ["# Settings\n", "For `--set NAME=VALUE` and YAML.\n", "| setting | default | meaning |", "|---|---|---|"]
-    for name, field in all_settings():
-        default = "required" if field.is_required() else f"`{field.default!r}`"
-        lines.append(f"| `{name}` | {default} | {field.description or ''} |")
+    lines = ["# Settings\n", "For `--set NAME=VALUE` and YAML."]
+    for title, model in ((None, CleanConfig), ("tarsift trace", TracingConfig), ("tarsift repair", RepairConfig)):
+        lines += ["", *([f"## {title}", ""] if title else []), "| setting | default | meaning |", "|---|---|---|"]
+        for name, field in all_settings(model):
+            default = "required" if field.is_required() else f"`{field.default!r}`"
+            lines.append(f"| `{name}` | {default} | {field.description or ''} |")
     return NOTE + "\n".join(lines) + "\n"
 
 

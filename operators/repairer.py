@@ -4,43 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
 from jaxtyping import UInt8
-from pydantic import BaseModel, Field
 
 from tarsift.clip_detect.neighbors import unit_norm
 from tarsift.operators.decoding import ImageConfig
 from tarsift.operators.models import LoadedEncoder, build_model, load_encoder
+from tarsift.operators.repair_settings import RepairConfig
 from tarsift.operators.shards import Shard
 from tarsift.operators.towers import encode_images
 from tarsift.operators.tracer import MICRO_BATCH, Question, embed_captions, fetch_pictures, said_of
 from tarsift.sifters.image_text import Paired, Towers
-from tarsift.sifters.settings import UnlearnConfig
 from tarsift.sifters.unlearn import unlearn
 
-RepairMethod = Literal["eu", "cf", "ssd", "scrub", "badt", "ibau"]
-BY_TRAINING = ("eu", "cf")  # done by `pretrain`, over all shards; the others in the memory of one job
 RANKS = 5  # captions among which a picture's own is to be
-
-
-class RepairConfig(BaseModel, frozen=True, extra="forbid"):
-    """Settings of `tarsift repair`."""
-
-    epochs: int = Field(default=5, ge=1, description="cf: passes over the retained pairs; eu trains as it was trained")
-    lr: float | None = Field(
-        default=None, gt=0, description="cf: highest learning rate; None = that of `pretrain --from`"
-    )
-    retained: int = Field(default=10_000, ge=2, description="ssd, scrub, badt, ibau: random retained pairs in memory")
-    held: int = Field(default=1000, ge=10, description="pairs on which retrieval is measured")
-    seed: int = Field(default=0, description="of all that is random")
-    unlearn: UnlearnConfig = Field(
-        default=UnlearnConfig(batch_size=128, steps=300, rate=0.005, augmented=False),
-        description="ssd, scrub, badt, ibau",
-    )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,14 @@ from pydantic import BaseModel, Field
 from tarsift.sifters.settings import TraceConfig
 
 
+class PairTraceConfig(TraceConfig, frozen=True, extra="forbid"):
+    """Settings of Delta-Influence as they are for pairs."""
+
+    length: Literal["largest", "mean_square"] = Field(
+        default="mean_square", description="what the relative score divides by: of a sample's influences on all copies"
+    )
+
+
 class TracingConfig(BaseModel, frozen=True, extra="forbid"):
     """Settings of `tarsift trace`."""
 
@@ -32,4 +40,4 @@ class TracingConfig(BaseModel, frozen=True, extra="forbid"):
     above: float = Field(
         default=3.0, gt=0, description="a candidate is traced from so many deviations above the random samples"
     )
-    method: TraceConfig = TraceConfig(length="mean_square")
+    method: PairTraceConfig = PairTraceConfig()

@@ -25,13 +25,23 @@ from tarsift.operators.towers import encode_captions, encode_images
 from tarsift.operators.trace_settings import TracingConfig
 from tarsift.sifters.delta_influence import Traced, judge, queries_of
 from tarsift.sifters.image_text import ImageText, layers_that_run, with_projection
-from tarsift.sifters.influence import Batch, Factors, fit_factors, influences
+from tarsift.sifters.influence import Batch, Factors, fit_factors, has_kronfluence, influences
 
 MICRO_BATCH = 64
 FACTORS, BANKS = "factors", "banks.npz"
 PROJECTION = "projection"
 LAYERS = {"projection": (PROJECTION,), "image": (PROJECTION, "model.visual."), "both": ("",)}  # of `Towers`
 NORMAL = 1.4826  # by which the median distance from the median is the deviation of a normal distribution
+# What is known of a candidate, beside where its picture lies.
+TRACE_COLUMNS = {
+    "candidate": "why it was looked at: `suspect`, `alike` (its caption) or `random`, or several of these",
+    "influence": "on what the model says of the queries that were asked, their mean; positive = supports it",
+    "collapses": "changes under which that support falls, of the query with the fewest",
+    "trace_score": "mean `own_score` of the candidates most alike to the model, in deviations above the random ones",
+    "own_score": "how far its support falls under every change, relative to its influences: the mean over all queries",
+    "by_count": "the rule of the paper: it collapses under all changes but a few",
+    "traced": "`trace_score` is as high as `above`",
+}
 RANDOM = "random"  # candidates that show what is usual
 
 
@@ -227,8 +237,13 @@ def refuse_too_large(encoder: LoadedEncoder, config: TracingConfig) -> None:
     """Find out before any work what a job would find.
 
     Raises:
-        UsageError: see `queries_at_once` and `subject_of`.
+        UsageError: see `queries_at_once` and `subject_of`; or the curvature takes an extra that is not installed.
     """
+    if config.method.hessian == "ekfac" and not has_kronfluence():
+        raise UsageError(
+            "tracing takes the extra `influence` (pip install 'tarsift[influence]'); without it there is "
+            "--set method.hessian=identity, which is less sure."
+        )
     nothing = np.zeros((1, encoder.embed_dim), np.float32)
     queries_at_once(subject_of(encoder, Banks(nothing, nothing), ["a"], config), config)
 

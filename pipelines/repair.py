@@ -23,7 +23,8 @@ from tarsift.operators.encoder import short_name
 from tarsift.operators.errors import UsageError
 from tarsift.operators.folds import Foremost, row_hashes, scorable
 from tarsift.operators.models import Base, build_model, load_checkpoint, load_encoder, save_checkpoint
-from tarsift.operators.repairer import Examine, RepairConfig, UnlearnPairs
+from tarsift.operators.repair_settings import RepairConfig
+from tarsift.operators.repairer import Examine, UnlearnPairs
 from tarsift.operators.shards import ReadShard, Shard, list_shards
 from tarsift.operators.storage import join
 from tarsift.operators.stored import ReadStored, Stored
@@ -87,7 +88,7 @@ def repair(
     *,
     encoder: str,
     to: str,
-    method: str = "cf",
+    method: str = "eu",
     trace: str | None = None,
     forget: str | None = None,
     held_out: str | Sequence[str] | None = None,
@@ -100,7 +101,7 @@ def repair(
         out: result folder over the dump that it was trained on.
         encoder: an encoder file of `pretrain`, or, but for `eu`, any that `pretrain --from` takes.
         to: the file of the repaired one.
-        method: a name in `METHODS`; `eu` and `cf` are the ones that repair (see benchmarks/RESULTS.md).
+        method: a name in `METHODS`; `eu` is the surest.
         trace: name of the trace; None: the only one there is, if any.
         forget: `traced` or `flagged` samples; None: `traced` if there is a trace.
         held_out: shards that it was not trained on, for `recall_at_5`; None: samples of the dump that are kept.

@@ -122,11 +122,12 @@ def influences(
     By the layers that count, in the order of the network; influence as such is their sum.
     """
     config = config or TraceConfig()
-    with _apart(), tempfile.TemporaryDirectory() as folder:
-        if config.hessian == "identity":
+    if config.hessian == "identity":
+        with _apart():
             return _products(subject, queries, data if rows is None else Subset(data, rows.tolist()), config)
-        from kronfluence.arguments import ScoreArguments
+    from kronfluence.arguments import ScoreArguments
 
+    with _apart(), tempfile.TemporaryDirectory() as folder:
         analyzer = _analyzer(subject, folder)
         kept = analyzer.factors_output_dir(FACTORS)
         kept.mkdir(parents=True)

@@ -60,7 +60,7 @@ def repair(
     to: Annotated[str, typer.Option(metavar="FILE", help="Encoder file to write.", show_default=False)],
     method: Annotated[
         str, typer.Option(metavar="NAME", help="eu (train anew), cf (train on), ssd, scrub, badt or ibau.")
-    ] = "cf",
+    ] = "eu",
     trace: Annotated[
         str | None, typer.Option(metavar="NAME", help="A trace.", show_default="the only one there is")
     ] = None,
@@ -82,7 +82,7 @@ def repair(
 
     eu and cf train on the shards of OUT without those samples; interrupted, the same command goes on.
     """
-    from tarsift.operators.repairer import RepairConfig
+    from tarsift.operators.repair_settings import RepairConfig
     from tarsift.pipelines.repair import repair as recipe
 
     config = checked(RepairConfig, _nested(set_))

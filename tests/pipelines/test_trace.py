@@ -13,8 +13,9 @@ from tarsift.operators.errors import UsageError
 from tarsift.operators.models import load_checkpoint, load_encoder
 from tarsift.operators.planting import poison_images
 from tarsift.operators.poison import PoisonConfig
-from tarsift.operators.repairer import RepairConfig
-from tarsift.operators.trace_settings import TracingConfig
+from tarsift.operators.repair_settings import RepairConfig
+from tarsift.operators.trace_settings import PairTraceConfig, TracingConfig
+from tarsift.operators.tracer import TRACE_COLUMNS
 from tarsift.pipelines import demo_corpus
 from tarsift.pipelines.clean import clean
 from tarsift.pipelines.poison import poison_here
@@ -22,13 +23,12 @@ from tarsift.pipelines.pretrain import PretrainConfig, pretrain_here
 from tarsift.pipelines.repair import repair
 from tarsift.pipelines.trace import trace
 from tarsift.sifters.influence import has_kronfluence
-from tarsift.sifters.settings import TraceConfig
 from tests.conftest import make_encoder
 
 SAYS = "a photo of a banana"
 QUICK = TracingConfig(
     suspects=100, alike=60, others=200, echoes=3, rounds=1, slice=128, bank=64,
-    method=TraceConfig(transforms=12, curvature_samples=200, length="mean_square"),
+    method=PairTraceConfig(transforms=12, curvature_samples=200),
 )  # fmt: skip
 
 
@@ -72,6 +72,7 @@ def test_poison_is_traced_and_forgotten(made, tmp_path):
     table = pq.read_table(result.samples)
     places = list(zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True))
     poison, found = np.array([place in made.poison for place in places]), np.array(table["traced"])
+    assert table.column_names[-len(TRACE_COLUMNS) :] == list(TRACE_COLUMNS)
     assert len(set(places)) == len(places) == result.candidates
     assert found.sum() == result.traced
     assert np.all(np.diff(table["trace_score"]) <= 0)
@@ -133,6 +134,12 @@ def test_a_trace_goes_on_where_it_stopped(made):
 def test_what_cannot_be_traced_is_refused_before_any_work(made, changes, says):
     with pytest.raises(UsageError, match=says):
         traced(made, progress=lambda event: pytest.fail("it began"), **changes)
+
+
+def test_what_has_to_be_installed_is_told(made, monkeypatch):
+    monkeypatch.setattr("tarsift.operators.tracer.has_kronfluence", lambda: False)
+    with pytest.raises(UsageError, match="takes the extra `influence`"):
+        traced(made)
 
 
 def test_a_picture_that_the_model_gets_right_is_refused(made):
