@@ -23,11 +23,10 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 demo: setup
 	$(BIN)/tarsift demo --out $(OUT)
 
-# One process tests what starts Ray, the other all else.
+# Two at a time, those of a file one after the other: what a file's tests share is made once.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Mostly waiting for Ray to start: two at a time, those of a file one after the other.
 slow: setup
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -21,7 +20,6 @@ import ray
 from tarsift.operators import storage
 from tarsift.operators.encoder import short_name
 from tarsift.operators.errors import UsageError
-from tarsift.operators.folds import Foremost, row_hashes, scorable
 from tarsift.operators.models import Base, build_model, load_checkpoint, load_encoder, save_checkpoint
 from tarsift.operators.repair_settings import RepairConfig
 from tarsift.operators.repairer import Examine, UnlearnPairs
@@ -29,19 +27,18 @@ from tarsift.operators.shards import ReadShard, Shard, list_shards
 from tarsift.operators.storage import join
 from tarsift.operators.stored import ReadStored, Stored
 from tarsift.operators.tracer import Question
+from tarsift.pipelines.choosing import choose_random
 from tarsift.pipelines.embed import gpu_share
 from tarsift.pipelines.fitting import load_arrays
-from tarsift.pipelines.folding import run_fold
 from tarsift.pipelines.passes import embed_name
 from tarsift.pipelines.pretrain import pretrain
 from tarsift.pipelines.progress import Event, Listener, silent
-from tarsift.pipelines.run import Run, reopen_run
+from tarsift.pipelines.run import Run, absolute_spec, reopen_run
 from tarsift.pipelines.tasks import side_by_side
 from tarsift.pipelines.trace import (
     ABOUT,
     FOLDER,
     JOB_TIMEOUT_S,
-    PLACE,
     QUERIES,
     SAMPLES,
     load_trace,
@@ -52,7 +49,6 @@ from tarsift.pipelines.train_job import PretrainConfig
 from tarsift.sifters.unlearn import METHODS
 
 REPAIRS, LIST = "repair", "forgotten.parquet"
-KEY = b"tarsift.repair"
 COLUMNS = ("shard", "row", "key", "image_offset", "image_size", "caption")
 
 
@@ -118,6 +114,7 @@ def repair(
         raise UsageError(f"there is no method {method!r}: choose one of {', '.join(METHODS)}.")
     if storage.absolute(to) == storage.absolute(encoder):
         raise UsageError(f"{to} is the encoder itself: give another file for the repaired one.")
+    encoder, to = absolute_spec(encoder), storage.absolute(to)
     run = reopen_run(out, progress=progress)
     run.complete(embed_name(run.roles[0]))
     if forget not in ("traced", "flagged", None):
@@ -224,9 +221,8 @@ class _Repairing:
         return _Held(rows, self.run.shards), f"{len(rows):,} random pairs of the dump that are kept"
 
     def _random(self, count: int, leave: pa.Table) -> pa.Table:
-        embedded = Stored(join(self.run.out, "embeddings", self.run.roles[0]), (*PLACE, "error"))
-        fold = Foremost(count + len(leave), key=KEY, value=_drawn, columns=("error",), kept=PLACE)
-        rows = run_fold(fold, self.run.names, [embedded])
+        """Return random pairs, without some."""
+        rows = choose_random(self.run, self.run.roles[0], count + len(leave), salt=f"repair {self.config.seed}")
         gone = set(zip(leave["shard"].to_pylist(), leave["row"].to_pylist(), strict=True))
         places = zip(rows["shard"].to_pylist(), rows["row"].to_pylist(), strict=True)
         kept = rows.filter(pa.array([place not in gone for place in places], pa.bool_()))
@@ -296,11 +292,6 @@ def _pairs_of(shards: Sequence[Shard], run: Run, most: int) -> list[pa.Table]:
     if not count:
         raise UsageError("the shards that are held out have no pair of a picture and a caption.")
     return parts
-
-
-def _drawn(table: pa.Table) -> np.ndarray:
-    usable = np.asarray(table["caption"].is_valid()) & scorable(table)
-    return np.where(usable, row_hashes(table, KEY) / 2.0**64, np.nan)
 
 
 def _examine(job: Examine, spec: str, forgotten: pa.Table, held: pa.Table) -> dict[str, float]:

@@ -294,7 +294,7 @@ def refuse_setting(name: str, redo: str) -> None:
 def with_absolute_paths(config: CleanConfig) -> CleanConfig:
     """Make local paths in the settings absolute: encoder files and a trusted reference."""
     encoders = {
-        role: encoder.model_copy(update={"spec": _absolute_spec(encoder.spec)})
+        role: encoder.model_copy(update={"spec": absolute_spec(encoder.spec)})
         for role, encoder in config.encoders.items()
     }
     reference = config.reference
@@ -303,7 +303,7 @@ def with_absolute_paths(config: CleanConfig) -> CleanConfig:
     return config.model_copy(update={"encoders": encoders, "reference": reference})
 
 
-def _absolute_spec(spec: str) -> str:
+def absolute_spec(spec: str) -> str:
     """Make the file of `FILE` or `ARCHITECTURE:FILE` absolute; other specs are names."""
     if os.path.exists(spec):
         return storage.absolute(spec)

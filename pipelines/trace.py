@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,7 +28,6 @@ from tarsift.operators import storage
 from tarsift.operators.decoding import ImageConfig, UnusableImage
 from tarsift.operators.encoder import EncoderInfo, Regime, encoder_regime, short_name
 from tarsift.operators.errors import UsageError
-from tarsift.operators.folds import Foremost, row_hashes, scorable
 from tarsift.operators.isolation import IsolatedDecoder
 from tarsift.operators.models import LoadedEncoder, load_encoder
 from tarsift.operators.schema import matrix
@@ -47,14 +47,14 @@ from tarsift.operators.tracer import (
     said_of,
     with_verdict,
 )
+from tarsift.pipelines.choosing import choose, choose_random
 from tarsift.pipelines.embed import gpu_share
 from tarsift.pipelines.fitting import save_arrays
-from tarsift.pipelines.folding import run_fold
 from tarsift.pipelines.ledger import Ledger, fingerprint
 from tarsift.pipelines.passes import embed_name
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.report.tracing import write_trace_page
-from tarsift.pipelines.run import Run, reopen_run
+from tarsift.pipelines.run import Run, absolute_spec, reopen_run
 from tarsift.pipelines.stopping import stop_if_asked
 from tarsift.pipelines.tasks import side_by_side
 from tarsift.sifters.image_text import choose_concepts
@@ -62,11 +62,9 @@ from tarsift.sifters.image_text import choose_concepts
 FOLDER, CURVATURE, SLICES = "trace", ".curvature", ".slices"
 ABOUT, SAMPLES, QUERIES = "trace.json", "samples.parquet", "queries.npz"
 JOB_TIMEOUT_S = 24 * 3600.0  # the curvature of a large model takes an hour on a GPU
-KEY = b"tarsift.trace"
-PLACE = ("shard", "row", "key", "uid", "image_offset", "image_size", "image_sha256", "caption")
 CAPTIONS = 4096  # of the random sample, among which those of different concepts are looked for
 SUSPICION = "suspicion"
-Value = Callable[[pa.Table], np.ndarray]
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # of a trace, which is that of its folder
 
 
 @dataclass(frozen=True)
@@ -132,6 +130,9 @@ def trace(
     run.complete(embed_name(run.roles[0]))
     if not says.strip():
         raise UsageError("`says` is empty: give the caption that the model gives the pictures.")
+    if name is not None and not NAME.fullmatch(name):
+        raise UsageError(f"the name of a trace is that of its folder: letters, digits, and `._-`; got {name!r}.")
+    encoder = absolute_spec(encoder)
     loaded = load_encoder(encoder)
     pictures = read_queries(queries, loaded)
     refuse_too_large(loaded, config)
@@ -180,9 +181,9 @@ def read_queries(urls: Sequence[str], encoder: LoadedEncoder) -> np.ndarray:
     pictures = []
     with IsolatedDecoder(encoder.image_size, **how, config=ImageConfig()) as decode:
         for url in urls:
-            if not storage.exists(url):
-                raise UsageError(f"there is no picture {url}.")
             with storage.reachable(url):
+                if not storage.exists(url):
+                    raise UsageError(f"there is no picture {url}.")
                 data = storage.read_bytes(url)
             try:
                 pictures.append(decode(data))
@@ -241,7 +242,8 @@ class _Tracing:
     def find(self, name: str, print_: str, queries: Sequence[str]) -> tuple[pa.Table, dict[str, Any]]:
         """Return every candidate, the most probable first, and what is to be known of them."""
         few = self.config.method.curvature_samples
-        sample = self._foremost(max(few, CAPTIONS, self.config.others), _drawn, ("error",))
+        most = max(few, CAPTIONS, self.config.others)
+        sample = choose_random(self.run, self.role, most, salt=f"trace {self.config.seed}")
         question = Question(self.pictures, self._concepts(sample["caption"].to_pylist()))
         self._refuse_unsaid(question, queries)
         candidates = self._candidates(sample.slice(0, self.config.others))
@@ -269,14 +271,6 @@ class _Tracing:
             "of": sum(entry["rows"] for entry in self.run.embedded.values()),
             "traced": int(np.asarray(found["traced"]).sum()),
         }
-
-    def _foremost(
-        self, count: int, value: Value, columns: Sequence[str], folders: Sequence[str | Stored] = ()
-    ) -> pa.Table:
-        """Return the rows that a value is highest of, and where their pictures are."""
-        embedded = Stored(join(self.run.out, "embeddings", self.role), tuple(dict.fromkeys((*PLACE, *columns))))
-        fold = Foremost(count, key=KEY, value=value, columns=tuple(columns), kept=PLACE)
-        return run_fold(fold, self.run.names, [embedded, *folders])
 
     def _concepts(self, captions: Sequence[str]) -> tuple[str, ...]:
         """Return what is said, and captions of the dump that say other things."""
@@ -312,15 +306,15 @@ class _Tracing:
         groups = {"random": others}
         if self.config.suspects and self.run.fingerprint_of("score"):
             scores = Stored(join(self.run.out, "scores"), ("shard", "row", SUSPICION))
-            groups["suspect"] = self._foremost(self.config.suspects, _suspicion, (SUSPICION,), [scores])
+            groups["suspect"] = choose(self.run, self.role, self.config.suspects, _suspicion, (SUSPICION,), [scores])
         said = self._said_stored() if self.config.alike else None
         if said is not None:
-            groups["alike"] = self._foremost(self.config.alike, Alike(said), ("text_embedding",))
+            groups["alike"] = choose(self.run, self.role, self.config.alike, Alike(said), ("text_embedding",))
         why: dict[tuple[str, int], list[str]] = {}
         for name, table in groups.items():
             for place in zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True):
                 why.setdefault(place, []).append(name)
-        whole = pa.concat_tables(table.select(list(PLACE)) for table in groups.values())
+        whole = pa.concat_tables(groups.values())
         places = list(zip(whole["shard"].to_pylist(), whole["row"].to_pylist(), strict=True))
         first = {place: row for row, place in reversed(list(enumerate(places)))}
         order = sorted(why)
@@ -400,26 +394,18 @@ class _Tracing:
 
 
 class Alike:
-    """How near captions are to one, as cosines (n,); NaN where there is none. Picklable, for a fold."""
+    """How near captions are to one, as cosines (n,). Picklable, for a fold."""
 
     def __init__(self, said: np.ndarray) -> None:
         self.said = said
 
     def __call__(self, table: pa.Table) -> np.ndarray:
         captions, there = matrix(table["text_embedding"])
-        usable = there & np.asarray(table["image_offset"].is_valid())
-        return np.where(usable, unit_norm(captions.astype(np.float32)) @ self.said, np.nan)
-
-
-def _drawn(table: pa.Table) -> np.ndarray:
-    """Draw pairs at random: each one's number from 0 to 1."""
-    usable = np.asarray(table["caption"].is_valid()) & scorable(table)
-    return np.where(usable, row_hashes(table, KEY + b".random") / 2.0**64, np.nan)
+        return np.where(there, unit_norm(captions.astype(np.float32)) @ self.said, np.nan)
 
 
 def _suspicion(table: pa.Table) -> np.ndarray:
-    usable = np.asarray(table["image_offset"].is_valid()) & np.asarray(table["caption"].is_valid())
-    return np.where(usable, table[SUSPICION].to_numpy().astype(np.float64), np.nan)
+    return table[SUSPICION].to_numpy().astype(np.float64)
 
 
 def _fit(job: FitCurvature, sample: pa.Table) -> int:

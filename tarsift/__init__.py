@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from tarsift.pipelines.poison import poison
     from tarsift.pipelines.pretrain import pretrain
     from tarsift.pipelines.reading import read_shards
+    from tarsift.pipelines.repair import repair
+    from tarsift.pipelines.trace import trace
     from tarsift.pipelines.verify import verify
 
 __version__ = "0.1.0"
@@ -40,6 +42,8 @@ _HOMES = {
     "evaluate": "pipelines.evaluate",
     "poison": "pipelines.poison",
     "pretrain": "pipelines.pretrain",
+    "repair": "pipelines.repair",
+    "trace": "pipelines.trace",
     "verify": "pipelines.verify",
 }
 
@@ -57,7 +61,9 @@ __all__ = [
     "poison",
     "pretrain",
     "read_shards",
+    "repair",
     "suspicion",
+    "trace",
     "verify",
 ]
 

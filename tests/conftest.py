@@ -5,7 +5,6 @@ import io
 import os
 import subprocess
 import tarfile
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # bits depend on it; and pools spinning on shared cores cost much
 
@@ -15,15 +14,7 @@ from PIL import Image
 
 from tarsift.operators.retry import take_repeated
 
-PIPELINES = Path(__file__).parent / "pipelines"
 COLOURS = ("red", "green", "blue", "yellow", "grey")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where two processes test, one has all that may start Ray, which is started once, and the other the rest."""
-    for item in items:
-        of_ray = item.path.is_relative_to(PIPELINES) or item.path.parent == PIPELINES.parent
-        item.add_marker(pytest.mark.xdist_group("ray" if of_ray else item.path.stem))
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from tarsift.operators.errors import UsageError
 from tarsift.operators.models import load_checkpoint, load_encoder
 from tarsift.operators.planting import poison_images
 from tarsift.operators.poison import PoisonConfig
-from tarsift.operators.repair_settings import RepairConfig
+from tarsift.operators.repair_settings import PairUnlearnConfig, RepairConfig
 from tarsift.operators.trace_settings import PairTraceConfig, TracingConfig
 from tarsift.operators.tracer import TRACE_COLUMNS
 from tarsift.pipelines import demo_corpus
@@ -93,7 +93,7 @@ def test_poison_is_traced_and_forgotten(made, tmp_path):
 
     fixed = repair(
         made.out, encoder=made.encoder, to=str(tmp_path / "fixed.pt"), method="badt",
-        config=RepairConfig(held=100, retained=600),
+        config=RepairConfig(held=100, retained=600, unlearn=PairUnlearnConfig(steps=100)),
     )  # fmt: skip
     assert fixed.forgot == result.traced
     assert fixed.before["forgotten"] > 0.5
@@ -127,6 +127,7 @@ def test_a_trace_goes_on_where_it_stopped(made):
         ({"queries": ["nowhere.png"]}, "there is no picture nowhere.png"),
         ({"queries": [__file__]}, "cannot be used as a picture"),
         ({"says": " "}, "`says` is empty"),
+        ({"name": "../a"}, "name of a trace"),
         ({"encoder": "nowhere.pt"}, "no encoder file"),
         ({"config": QUICK.model_copy(update={"memory_gb": 1e-6})}, "memory_gb is 1e-06"),
     ],
@@ -156,6 +157,7 @@ def test_an_encoder_of_other_data_is_refused(made, witness, tmp_path):
         trace(str(tmp_path), encoder=made.encoder, queries=[made.bad], says=SAYS)
 
 
+@pytest.mark.slow
 def test_what_was_flagged_is_forgotten_by_training_without_it(made, tmp_path):
     result = repair(
         made.out, encoder=made.encoder, to=str(tmp_path / "fixed.pt"), method="cf", forget="flagged",
