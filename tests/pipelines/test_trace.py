@@ -27,8 +27,8 @@ from tests.conftest import make_encoder
 
 SAYS = "a photo of a banana"
 QUICK = TracingConfig(
-    suspects=100, alike=60, others=200, echoes=3, rounds=1, slice=128, bank=64,
-    method=PairTraceConfig(transforms=12, curvature_samples=200),
+    suspects=100, alike=60, others=120, echoes=3, rounds=1, slice=512, bank=64,
+    method=PairTraceConfig(transforms=8, curvature_samples=100),
 )  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def test_poison_is_traced_and_forgotten(made, tmp_path):
     assert found[poison].mean() > 0.6
     why = [reason for reasons in table["candidate"].to_pylist() for reason in reasons]
     assert set(why) == {"random", "suspect", "alike"}
-    assert [why.count(name) for name in ("random", "suspect", "alike")] == [200, 100, 60]
+    assert [why.count(name) for name in ("random", "suspect", "alike")] == [120, 100, 60]
 
     page = Path(result.report).read_text()
     assert SAYS in page
@@ -105,7 +105,7 @@ def test_poison_is_traced_and_forgotten(made, tmp_path):
 
 @pytest.mark.skipif(not has_kronfluence(), reason="no kronfluence")
 def test_a_trace_goes_on_where_it_stopped(made):
-    fast = QUICK.model_copy(update={"layers": "projection", "rounds": 0})
+    fast = QUICK.model_copy(update={"layers": "projection", "rounds": 0, "slice": 180})
     whole = traced(made, name="whole", config=fast)
 
     def stop(event):
