@@ -21,25 +21,23 @@ from tests.pipelines.runs import clean, contents, records, tarsift, wait_for
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    ("name", "number"), [("embed.detect", signal.SIGTERM), ("score", signal.SIGINT), ("write", signal.SIGTERM)]
-)
-def test_asked_to_stop(undisturbed, name, number):
-    out = undisturbed / f"stop-{name}-{number.name}"
-    child = subprocess.Popen(
-        clean(undisturbed / "dump", out, undisturbed / "enc.pt"), start_new_session=True, stderr=subprocess.PIPE
-    )
-    wait_for(child, out, name)
-    child.send_signal(number)
-    _, told = child.communicate(timeout=60)
-    assert child.returncode == 75, told.decode()
-    assert b"run the same command again" in told
-    assert b"Traceback" not in told
-    before = records(out, name)
-    again = subprocess.run(clean(undisturbed / "dump", out, undisturbed / "enc.pt"), timeout=300)
-    assert again.returncode == 0
-    after = records(out, name)
-    assert before == {shard: after[shard] for shard in before}
+def test_asked_to_stop(undisturbed):
+    out, before = undisturbed / "stopped", {}
+    command = clean(undisturbed / "dump", out, undisturbed / "enc.pt")
+    for name, number in (("embed.detect", signal.SIGTERM), ("score", signal.SIGINT), ("write", signal.SIGTERM)):
+        child = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
+        wait_for(child, out, name)
+        child.send_signal(number)
+        _, told = child.communicate(timeout=60)
+        assert child.returncode == 75, told.decode()
+        assert b"run the same command again" in told
+        assert b"Traceback" not in told
+        for passed, entries in before.items():
+            assert entries == {shard: records(out, passed)[shard] for shard in entries}, passed
+        before[name] = records(out, name)
+    subprocess.run(command, check=True, timeout=300)
+    for passed, entries in before.items():
+        assert entries == {shard: records(out, passed)[shard] for shard in entries}, passed
     assert contents(out) == contents(undisturbed / "whole")
 
 
