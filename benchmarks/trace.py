@@ -157,7 +157,7 @@ class Traced:
                 break
             echo = Question(pictures[said], question.concepts, tuple(np.array(places, object)[said].tolist()))
             found = combined(first, ask(echo), self.config)
-        return with_verdict(found, self.config)
+        return with_verdict(found, self.config)[0]
 
     def curvature(self) -> str:
         """Fit the curvature on random pairs, and return its folder."""

@@ -40,4 +40,7 @@ class TracingConfig(BaseModel, frozen=True, extra="forbid"):
     above: float = Field(
         default=3.0, gt=0, description="a candidate is traced from so many deviations above the random samples"
     )
+    of_best: float = Field(
+        default=0.4, ge=0, le=1, description="and from this share of the mean score of the best eight candidates"
+    )
     method: PairTraceConfig = PairTraceConfig()

@@ -40,8 +40,9 @@ TRACE_COLUMNS = {
     "trace_score": "mean `own_score` of the candidates most alike to the model, in deviations above the random ones",
     "own_score": "how far its support falls under every change, relative to its influences: the mean over all queries",
     "by_count": "the rule of the paper: it collapses under all changes but a few",
-    "traced": "`trace_score` is as high as `above`",
+    "traced": "`trace_score` is at least `above`, and at least `of_best` of that of the best",
 }
+BEST = 8  # candidates whose mean says how far out it is that something stands
 RANDOM = "random"  # candidates that show what is usual
 
 
@@ -220,17 +221,19 @@ def smoothed(
     return scores[knn(embedded, embedded, k, query_ids=places, reference_ids=places).indices].mean(axis=1)
 
 
-def with_verdict(candidates: pa.Table, config: TracingConfig) -> pa.Table:
+def with_verdict(candidates: pa.Table, config: TracingConfig) -> tuple[pa.Table, float]:
     """Turn `trace_score` into deviations above the candidates that were drawn at random, and append `traced`.
 
-    Median and deviation are robust, since a part of those may be what is looked for.
+    Median and deviation are robust, since a part of those may be what is looked for. Where something stands far out,
+    the cutoff, which is returned beside the table, is higher than `above`.
     """
     score = np.asarray(candidates["trace_score"].combine_chunks(), np.float64)
     random = score[[RANDOM in why for why in candidates["candidate"].to_pylist()]]
     middle = float(np.median(random))
     spread = NORMAL * float(np.median(np.abs(random - middle)))
     above = ((score - middle) / (spread or 1.0)).astype(np.float32)
-    return append(candidates, {"trace_score": above, "traced": above >= config.above})
+    cutoff = max(config.above, config.of_best * float(np.sort(above)[-BEST:].mean()))
+    return append(candidates, {"trace_score": above, "traced": above >= cutoff}), cutoff
 
 
 def refuse_too_large(encoder: LoadedEncoder, config: TracingConfig) -> None:

@@ -256,7 +256,7 @@ class _Tracing:
                 break
             echoed = self._slices(name, print_, number, echo, curvature, candidates)
             found, echoes = combined(asked, echoed, self.config), len(echo.samples)
-        found = with_verdict(found, self.config)
+        found, cutoff = with_verdict(found, self.config)
         return found, {
             "name": name,
             "fingerprint": print_,
@@ -267,6 +267,7 @@ class _Tracing:
             "config": self.config.model_dump(mode="json"),
             "concepts": list(question.concepts),
             "echoes": echoes,
+            "cutoff": round(cutoff, 3),
             "candidates": len(found),
             "of": sum(entry["rows"] for entry in self.run.embedded.values()),
             "traced": int(np.asarray(found["traced"]).sum()),

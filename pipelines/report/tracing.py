@@ -57,7 +57,7 @@ def write_trace_page(
         "missing": thumbs.missing,
         "said": Counter(traced["caption"].to_pylist()).most_common(CAPTIONS),
         "shards": len(set(traced["shard"].to_pylist())),
-        "chart": histogram_svg(histogram_of(found, about["config"]["above"])),
+        "chart": histogram_svg(histogram_of(found, about["cutoff"])),
     }
     url = storage.join(folder, PAGE)
     with storage.reachable(url):

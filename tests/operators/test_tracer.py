@@ -61,18 +61,24 @@ def test_scores_are_those_of_the_nearest_others():
     assert smoothed(scores[:1], embedded[:1], 8).tolist() == [5.0]
 
 
+def judged(scores: list[float], why: list[list[str]] | None = None, **changes) -> tuple[list[bool], float]:
+    config = TracingConfig(neighbors=0, **changes)
+    found, cutoff = with_verdict(combined(table([[s] for s in scores], candidate=why), None, config), config)
+    rows = np.argsort(found["row"].to_numpy())
+    return np.array(found["traced"])[rows].tolist(), cutoff
+
+
 def test_what_is_traced_stands_out_from_random_samples_though_some_of_these_are_poison():
     draw = np.random.default_rng(0)
-    scores = [*draw.normal(0, 1, 200), *draw.normal(12, 1, 20)]
-    why = [["random"]] * 205 + [["suspect"]] * 15
-    found = with_verdict(
-        combined(table([[s] for s in scores], candidate=why), None, TracingConfig(neighbors=0)), TracingConfig()
-    )
-    assert found["traced"].to_pylist()[:20] == [True] * 20
-    assert sum(found["traced"].to_pylist()) <= 23
-    assert np.median(found["trace_score"].to_numpy()[20:]) == pytest.approx(0, abs=0.2)
-    same = with_verdict(combined(table([[1.0]] * 3), None, TracingConfig(neighbors=0)), TracingConfig())
-    assert same["traced"].to_pylist() == [False] * 3  # none stands out
+    scores = [*draw.normal(0, 1, 200), 5.0, *draw.normal(12, 0.5, 20)]
+    why = [["random"]] * 210 + [["suspect"]] * 11
+    marked, cutoff = judged(scores, why)
+    assert marked == [False] * 201 + [True] * 20
+    assert cutoff > 4
+    marked, cutoff = judged(scores, why, of_best=0.2)
+    assert cutoff == 3
+    assert marked[200:] == [True] * 21
+    assert judged([1.0] * 3) == ([False] * 3, 3.0)  # none stands out
 
 
 def test_pictures_come_in_the_order_of_their_rows_and_those_that_cannot_be_used_not_at_all(dump):
