@@ -38,8 +38,8 @@ def test_importing_tarsift_is_light():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 def test_python_of_the_readme_runs(ray_session, dump, encoder, tmp_path):
@@ -50,13 +50,14 @@ def test_python_of_the_readme_runs(ray_session, dump, encoder, tmp_path):
         exec(compile(block.replace("/data", str(tmp_path)), "README.md", "exec"), {"__name__": "readme"})
 
 
-def test_shell_of_the_readme_names_commands_and_flags_that_exist():
+@pytest.mark.parametrize("page", ["README.md", "docs/trace.md"])
+def test_shell_names_commands_and_flags_that_exist(page):
     from typer.main import get_command
 
     from tarsift.pipelines.cli import app
 
     commands = get_command(app).commands  # pyright: ignore
-    lines = [line.strip() for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line.strip() for block in blocks("sh", page) for line in block.replace("\\\n", " ").splitlines()]
     calls = [line.split("#")[0].split() for line in lines if line.startswith("tarsift ")]
     assert calls
     for call in calls:
