@@ -45,20 +45,17 @@ from tarsift.operators.repair_settings import RepairConfig
 from tarsift.operators.repairer import UnlearnPairs
 from tarsift.operators.shards import ReadShard, Shard, list_shards
 from tarsift.operators.trace_settings import TracingConfig
+from tarsift.operators.trace_verdict import RANDOM, Question, ask_in_rounds
 from tarsift.operators.tracer import (
-    RANDOM,
     FitCurvature,
-    Question,
     TraceSlice,
-    combined,
+    concepts_of,
+    echo_of,
     embed_captions,
-    fetch_pictures,
-    said_of,
-    with_verdict,
+    taken_for,
 )
 from tarsift.pipelines.poison import poison_here
 from tarsift.pipelines.pretrain import pretrain_here
-from tarsift.sifters.image_text import choose_concepts
 from tarsift.sifters.unlearn import METHODS
 
 SEEDS = {"tuning": (0, 1), "reporting": (3, 4)}
@@ -70,7 +67,8 @@ TRIED = {
 IN_VOCABULARY = ("cifar10", "patch", 0.05, "truck")
 QUERIES = (1, 5)
 MODULES = (  # that a cell depends on
-    "operators/trace_settings.py", "operators/tracer.py", "operators/repair_settings.py", "operators/repairer.py",
+    "operators/trace_settings.py", "operators/tracer.py",
+    "operators/trace_verdict.py", "operators/repair_settings.py", "operators/repairer.py",
     "sifters/delta_influence.py", "sifters/image_text.py", "sifters/influence.py", "sifters/transforms.py",
     "sifters/unlearn.py", "benchmarks/trace.py",
 )  # fmt: skip
@@ -113,12 +111,9 @@ class Traced:
         names = [f"test:{i}" for i in range(len(self.source.test))]
         triggered = poison_images(self.source.test, names, self.plan, trigger=trigger)
         drawn = self.draw.permutation(len(self.rows))[:4096]
-        captions = list(dict.fromkeys(self.rows["caption"].take(pa.array(drawn)).to_pylist()))
-        embedded = embed_captions(self.encoder, [self.says, *captions])
-        most = self.config.concepts - 1
-        others = choose_concepts(embedded[0], embedded[1:], most=most, apart=self.config.apart)
-        asked = Question(triggered, (self.says, *(captions[row] for row in others)))
-        taken = np.flatnonzero(said_of(self.encoder, asked).argmax(axis=1) == 0)
+        captions = self.rows["caption"].take(pa.array(drawn)).to_pylist()
+        asked = Question(triggered, concepts_of(self.encoder, self.says, captions, self.config))
+        taken = np.flatnonzero(taken_for(self.encoder, asked))
         if self.source.labels is not None:  # of pictures that show the target it is right
             named = [i for i, group in enumerate(self.source.prompts) if self.cell.target in group[0]]
             taken = taken[~np.isin(self.source.labels[taken], named)]
@@ -142,22 +137,13 @@ class Traced:
     def find(self, question: Question, candidates: pa.Table, curvature: str) -> pa.Table:
         """Return the verdict on all candidates, as `tarsift trace` gives it."""
 
-        def ask(asked: Question) -> pa.Table:
+        def ask(_: int, asked: Question) -> pa.Table:
             return TraceSlice(self.spec, self.shards, ImageConfig(), curvature, asked, self.config)(candidates)
 
-        first = ask(question)
-        found = combined(first, None, self.config)
-        for _ in range(self.config.rounds):
-            best, pictures = fetch_pictures(
-                found.slice(0, self.config.echoes), self.shards, self.encoder, ImageConfig()
-            )
-            said = said_of(self.encoder, Question(pictures, question.concepts)).argmax(axis=1) == 0
-            places = list(zip(best["shard"].to_pylist(), best["row"].to_pylist(), strict=True))
-            if not said.any():
-                break
-            echo = Question(pictures[said], question.concepts, tuple(np.array(places, object)[said].tolist()))
-            found = combined(first, ask(echo), self.config)
-        return with_verdict(found, self.config)[0]
+        def echo(found: pa.Table) -> Question | None:
+            return echo_of(found, question, self.encoder, self.shards, ImageConfig(), self.config)
+
+        return ask_in_rounds(ask, question, echo, self.config)[0]
 
     def curvature(self) -> str:
         """Fit the curvature on random pairs, and return its folder."""

@@ -18,7 +18,7 @@ def schema_page() -> str:
     """Columns of the row, from `operators/schema.py` and `operators/errors.py`."""
     from tarsift.operators.errors import IMAGE_USABLE, REASONS, SHARD_PROBLEMS
     from tarsift.operators.schema import COLUMNS, SCHEMA_VERSION
-    from tarsift.operators.tracer import TRACE_COLUMNS
+    from tarsift.operators.trace_verdict import TRACE_COLUMNS
 
     lines = [
         f"# The row (schema version {SCHEMA_VERSION})\n",

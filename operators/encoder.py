@@ -15,7 +15,7 @@ from tarsift.operators.dilution import dilute
 from tarsift.operators.encoder_settings import EncoderConfig, EncoderInfo
 from tarsift.operators.errors import ChangedError, ConfigError, TarsiftError, UsageError
 from tarsift.operators.images import DecodeImages
-from tarsift.operators.models import load_encoder
+from tarsift.operators.models import LoadedEncoder, load_encoder
 from tarsift.operators.regime import Regime, encoder_regime
 from tarsift.operators.schema import append, as_table, fixed_size_list, matrix
 from tarsift.operators.towers import (
@@ -36,7 +36,11 @@ def encoder_info(spec: str) -> EncoderInfo:
         UsageError: if the model, the tag or the file does not exist, or they do not fit together.
         TarsiftError: if the file is damaged or holds more than tensors.
     """
-    encoder = load_encoder(spec)
+    return info_of(load_encoder(spec))
+
+
+def info_of(encoder: LoadedEncoder) -> EncoderInfo:
+    """Describe an encoder that is loaded."""
     facts = {name: getattr(encoder, name) for name in EncoderInfo.__dataclass_fields__}
     return EncoderInfo(**{**facts, "name": short_name(encoder.name)})
 

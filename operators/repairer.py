@@ -16,7 +16,8 @@ from tarsift.operators.models import LoadedEncoder, build_model, load_encoder
 from tarsift.operators.repair_settings import RepairConfig
 from tarsift.operators.shards import Shard
 from tarsift.operators.towers import encode_images
-from tarsift.operators.tracer import MICRO_BATCH, Question, embed_captions, fetch_pictures, said_of
+from tarsift.operators.trace_verdict import Question
+from tarsift.operators.tracer import MICRO_BATCH, embed_captions, fetch_pictures, scale_of, taken_for
 from tarsift.sifters.image_text import Paired, Towers
 from tarsift.sifters.unlearn import unlearn
 
@@ -69,10 +70,8 @@ def paired(encoder: LoadedEncoder, pictures: UInt8[np.ndarray, "n h w 3"], capti
     """Return pairs as unlearning sees them."""
     device = next(encoder.model.parameters()).device
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (encoder.mean, encoder.std))
-    with torch.no_grad():
-        scale = float(encoder.model.logit_scale.exp())  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
     planes = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).to(device)
-    return Paired(planes, encoder.tokenizer(list(captions)).to(device), mean, std, scale)
+    return Paired(planes, encoder.tokenizer(list(captions)).to(device), mean, std, scale_of(encoder))
 
 
 @dataclass(frozen=True)
@@ -118,4 +117,4 @@ def retrieval(encoder: LoadedEncoder, pictures: UInt8[np.ndarray, "n h w 3"], ca
 def _saying(encoder: LoadedEncoder, question: Question) -> float:
     if not len(question.pictures):
         return 0.0
-    return float(np.mean(said_of(encoder, question).argmax(axis=1) == 0))
+    return float(np.mean(taken_for(encoder, question)))

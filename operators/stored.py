@@ -107,3 +107,10 @@ def parquet_options(schema: pa.Schema) -> dict[str, Any]:
     compression = {f"{name}.list.element": "none" for name in embeddings} | dict.fromkeys(plain, "zstd")
     strings = [f.name for f in schema if pa.types.is_string(f.type) and f.name in ("shard", "error", "home")]
     return {"compression": compression, "use_dictionary": strings, "write_statistics": False}
+
+
+def put_table(url: str, table: pa.Table) -> None:
+    """Write a small table as one Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    storage.put_bytes(url, sink.getvalue())

@@ -9,41 +9,29 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Bool, Float32, UInt8
 from torch.utils.data import Dataset
 
-from tarsift.clip_detect.neighbors import knn, unit_norm
+from tarsift.clip_detect.neighbors import unit_norm
 from tarsift.operators import storage
 from tarsift.operators.decoding import ImageConfig, UnusableImage
 from tarsift.operators.errors import UsageError
 from tarsift.operators.isolation import IsolatedDecoder
 from tarsift.operators.models import LoadedEncoder, load_encoder
-from tarsift.operators.schema import append, fixed_size_list, matrix
+from tarsift.operators.schema import append, fixed_size_list
 from tarsift.operators.shards import Shard, fetch_members
 from tarsift.operators.storage import join
 from tarsift.operators.towers import encode_captions, encode_images
 from tarsift.operators.trace_settings import TracingConfig
+from tarsift.operators.trace_verdict import Question
 from tarsift.sifters.delta_influence import Traced, judge, queries_of
-from tarsift.sifters.image_text import ImageText, layers_that_run, with_projection
+from tarsift.sifters.image_text import ImageText, choose_concepts, layers_that_run, with_projection
 from tarsift.sifters.influence import Batch, Factors, fit_factors, has_kronfluence, influences
 
 MICRO_BATCH = 64
 FACTORS, BANKS = "factors", "banks.npz"
 PROJECTION = "projection"
 LAYERS = {"projection": (PROJECTION,), "image": (PROJECTION, "model.visual."), "both": ("",)}  # of `Towers`
-NORMAL = 1.4826  # by which the median distance from the median is the deviation of a normal distribution
-# What is known of a candidate, beside where its picture lies.
-TRACE_COLUMNS = {
-    "candidate": "why it was looked at: `suspect`, `alike` (its caption) or `random`, or several of these",
-    "influence": "on what the model says of the queries that were asked, their mean; positive = supports it",
-    "collapses": "changes under which that support falls, of the query with the fewest",
-    "trace_score": "mean `own_score` of the candidates most alike to the model, in deviations above the random ones",
-    "own_score": "how far its support falls under every change, relative to its influences: the mean over all queries",
-    "by_count": "the rule of the paper: it collapses under all changes but a few",
-    "traced": "`trace_score` is at least `above`, and at least `of_best` of that of the best",
-}
-BEST = 8  # candidates whose mean says how far out it is that something stands
-RANDOM = "random"  # candidates that show what is usual
 
 
 @dataclass(frozen=True)
@@ -52,19 +40,6 @@ class Banks:
 
     images: Float32[np.ndarray, "k d"]
     captions: Float32[np.ndarray, "k d"]
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is traced: pictures of which the model says the first of some captions, each of another concept.
-
-    pictures: (q, h, w, 3) uint8 at the encoder's size. samples: where those are from that are samples themselves,
-    which say nothing of themselves; none for pictures from elsewhere.
-    """
-
-    pictures: UInt8[np.ndarray, "q h w 3"]
-    concepts: tuple[str, ...]
-    samples: tuple[tuple[str, int], ...] = ()
 
 
 class Pairs(Dataset[Batch]):
@@ -87,6 +62,12 @@ def embed_captions(encoder: LoadedEncoder, captions: Sequence[str]) -> Float32[n
     return unit_norm(encode_captions(encoder, captions, micro_batch=MICRO_BATCH))
 
 
+@torch.no_grad()
+def scale_of(encoder: LoadedEncoder) -> float:
+    """Return what a model's cosines are multiplied by."""
+    return float(encoder.model.logit_scale.exp())  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+
+
 def subject_of(encoder: LoadedEncoder, banks: Banks, concepts: Sequence[str], config: TracingConfig) -> ImageText:
     """Return a model as influence sees it.
 
@@ -104,14 +85,12 @@ def subject_of(encoder: LoadedEncoder, banks: Banks, concepts: Sequence[str], co
     net.requires_grad_(False)
     for layer in tracked:  # what lies before the first of them needs no slopes
         net.get_submodule(layer).requires_grad_(True)
-    with torch.no_grad():
-        scale = float(encoder.model.logit_scale.exp())  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
     return ImageText(
         net=net,
         images=torch.from_numpy(banks.images).to(device),
         captions=torch.from_numpy(banks.captions).to(device),
         concepts=torch.from_numpy(embed_captions(encoder, concepts)).to(device),
-        scale=scale,
+        scale=scale_of(encoder),
         tracked=tracked,
     )
 
@@ -120,6 +99,37 @@ def said_of(encoder: LoadedEncoder, question: Question) -> Float32[np.ndarray, "
     """Return the cosine of each picture with each concept: what the model says of it has the highest."""
     pictures = unit_norm(encode_images(encoder, question.pictures, micro_batch=MICRO_BATCH))
     return pictures @ embed_captions(encoder, question.concepts).T
+
+
+def taken_for(encoder: LoadedEncoder, question: Question) -> Bool[np.ndarray, " q"]:
+    """Tell of which pictures the model says the first of the captions."""
+    return said_of(encoder, question).argmax(axis=1) == 0
+
+
+def concepts_of(encoder: LoadedEncoder, says: str, captions: Sequence[str], config: TracingConfig) -> tuple[str, ...]:
+    """Return what is said, and captions that say other things; alone where none does."""
+    distinct = list(dict.fromkeys(captions))
+    embedded = embed_captions(encoder, [says, *distinct])
+    others = choose_concepts(embedded[0], embedded[1:], most=config.concepts - 1, apart=config.apart)
+    return (says, *(distinct[row] for row in others))
+
+
+def echo_of(
+    found: pa.Table,
+    question: Question,
+    encoder: LoadedEncoder,
+    shards: Mapping[str, Shard],
+    images: ImageConfig,
+    config: TracingConfig,
+) -> Question | None:
+    """Ask of the best candidates too, where the model says the same of them; None where there is no such."""
+    best, pictures = fetch_pictures(found.slice(0, config.echoes), shards, encoder, images)
+    if not len(best):
+        return None
+    places = list(zip(best["shard"].to_pylist(), best["row"].to_pylist(), strict=True))
+    chosen = np.flatnonzero(taken_for(encoder, Question(pictures, question.concepts)))
+    samples = tuple(places[row] for row in chosen)
+    return Question(pictures[chosen], question.concepts, samples) if samples else None
 
 
 def fit_curvature(
@@ -180,60 +190,6 @@ def _groups(tracked: Sequence[str]) -> list[list[int]]:
     """Return which layers are judged together: the last projection by itself, and all of them."""
     alone = [row for row, layer in enumerate(tracked) if layer == PROJECTION]
     return [group for group in (alone, list(range(len(tracked)))) if group]
-
-
-def combined(asked: pa.Table, echoed: pa.Table | None, config: TracingConfig) -> pa.Table:
-    """Return candidates with what all queries say of them, the most probable first.
-
-    Appends `own_score`, the mean of the relative score over all queries, and `trace_score`, the mean of that over the
-    candidates whose pictures are nearest to the model: what was planted lies together. Of the queries that were asked
-    `influence` (their mean), `collapses` (the least) and `by_count`, the paper's rule.
-
-    Args:
-        asked: by the queries that were asked; echoed: by candidates that were taken for queries, of the same rows.
-    """
-    tables = [asked] if echoed is None else [asked, echoed]
-    scores = np.concatenate([matrix(table["relative"])[0] for table in tables], axis=1)
-    own = np.nanmean(scores, axis=1)
-    collapses = matrix(asked["collapses"])[0].min(axis=1).astype(np.int32)
-    score = smoothed(own, matrix(asked["embedding"])[0], config.neighbors)
-    out = append(
-        asked.drop_columns(["relative", "embedding"]),
-        {
-            "trace_score": score.astype(np.float32),
-            "own_score": own.astype(np.float32),
-            "influence": matrix(asked["influence"])[0].mean(axis=1),
-            "collapses": collapses,
-            "by_count": collapses >= config.method.transforms - config.method.tolerated,
-        },
-    )
-    return out.take(pa.array(np.argsort(-score, kind="stable")))
-
-
-def smoothed(
-    scores: Float[np.ndarray, " n"], embedded: Float32[np.ndarray, "n d"], neighbors: int
-) -> Float[np.ndarray, " n"]:
-    """Return the mean score of each one's nearest others; the scores themselves where none are asked for or there."""
-    k = min(neighbors, len(scores) - 1)
-    if k < 1:
-        return scores
-    places = np.arange(len(scores))
-    return scores[knn(embedded, embedded, k, query_ids=places, reference_ids=places).indices].mean(axis=1)
-
-
-def with_verdict(candidates: pa.Table, config: TracingConfig) -> tuple[pa.Table, float]:
-    """Turn `trace_score` into deviations above the candidates that were drawn at random, and append `traced`.
-
-    Median and deviation are robust, since a part of those may be what is looked for. Where something stands far out,
-    the cutoff, which is returned beside the table, is higher than `above`.
-    """
-    score = np.asarray(candidates["trace_score"].combine_chunks(), np.float64)
-    random = score[[RANDOM in why for why in candidates["candidate"].to_pylist()]]
-    middle = float(np.median(random))
-    spread = NORMAL * float(np.median(np.abs(random - middle)))
-    above = ((score - middle) / (spread or 1.0)).astype(np.float32)
-    cutoff = max(config.above, config.of_best * float(np.sort(above)[-BEST:].mean()))
-    return append(candidates, {"trace_score": above, "traced": above >= cutoff}), cutoff
 
 
 def refuse_too_large(encoder: LoadedEncoder, config: TracingConfig) -> None:

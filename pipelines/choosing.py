@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pyarrow as pa
 
+from tarsift.clip_detect.neighbors import unit_norm
 from tarsift.operators.folds import Foremost, row_hashes, scorable
+from tarsift.operators.schema import matrix
 from tarsift.operators.storage import join
 from tarsift.operators.stored import Stored
 from tarsift.pipelines.folding import run_fold
 from tarsift.pipelines.run import Run
 
+SUSPICION = "suspicion"
 KEY = b"tarsift.choosing"
 PLACE = ("shard", "row", "key", "uid", "image_offset", "image_size", "image_sha256", "caption")
 
@@ -62,3 +65,19 @@ class _Drawn:
 
     def __call__(self, table: pa.Table) -> np.ndarray:
         return row_hashes(table, self.key) / 2.0**64
+
+
+class Alike:
+    """How near captions are to one, as cosines (n,). Picklable, for a fold."""
+
+    def __init__(self, said: np.ndarray) -> None:
+        self.said = said
+
+    def __call__(self, table: pa.Table) -> np.ndarray:
+        captions, there = matrix(table["text_embedding"])
+        return np.where(there, unit_norm(captions.astype(np.float32)) @ self.said, np.nan)
+
+
+def by_suspicion(table: pa.Table) -> np.ndarray:
+    """The score, (n,)."""
+    return table[SUSPICION].to_numpy().astype(np.float64)

@@ -20,13 +20,13 @@ import ray
 from tarsift.operators import storage
 from tarsift.operators.encoder import short_name
 from tarsift.operators.errors import UsageError
-from tarsift.operators.models import Base, build_model, load_checkpoint, load_encoder, save_checkpoint
+from tarsift.operators.models import build_model, load_checkpoint, load_encoder, save_checkpoint
 from tarsift.operators.repair_settings import RepairConfig
 from tarsift.operators.repairer import Examine, UnlearnPairs
 from tarsift.operators.shards import ReadShard, Shard, list_shards
 from tarsift.operators.storage import join
-from tarsift.operators.stored import ReadStored, Stored
-from tarsift.operators.tracer import Question
+from tarsift.operators.stored import ReadStored, Stored, put_table
+from tarsift.operators.trace_verdict import Question
 from tarsift.pipelines.choosing import choose_random
 from tarsift.pipelines.embed import gpu_share
 from tarsift.pipelines.fitting import load_arrays
@@ -42,10 +42,9 @@ from tarsift.pipelines.trace import (
     QUERIES,
     SAMPLES,
     load_trace,
-    put_table,
     regime_of,
 )
-from tarsift.pipelines.train_job import PretrainConfig
+from tarsift.pipelines.train_job import PretrainConfig, base_of
 from tarsift.sifters.unlearn import METHODS
 
 REPAIRS, LIST = "repair", "forgotten.parquet"
@@ -263,10 +262,7 @@ class _Repairing:
             raise UsageError(f"{self.spec} does not say what it is built from: give an encoder file of `pretrain`.")
         model = build_model(loaded.config, seed=0)
         model.load_state_dict(state)
-        base = Base(
-            short_name(self.spec), loaded.weights_sha256, loaded.trained_on or {}, loaded.steps,
-            loaded.unknown_base or (short_name(self.spec) if loaded.trained_on is None else None),
-        )  # fmt: skip
+        base = base_of(loaded, short_name(self.spec))
         save_checkpoint(
             to, model, config=loaded.config, shards=self.run.digests, steps=0, samples=0, seed=self.config.seed,
             base=base, extra={"repaired_by": method, "forgot": len(forgotten)},

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from tarsift.operators import storage
@@ -17,6 +16,7 @@ from tarsift.operators.router import LowestPerClass
 from tarsift.operators.schema import SIFTED_FOLDER
 from tarsift.operators.shards import Shard
 from tarsift.operators.sifter import SIFTED
+from tarsift.operators.stored import put_table
 from tarsift.operators.writer import split_shard
 from tarsift.pipelines.folding import run_fold
 from tarsift.pipelines.ledger import Ledger
@@ -90,9 +90,7 @@ def _select(run: Run, count: int, shards: bool) -> Selection:
     suspect = np.asarray(lowest(None)["suspicion"]) >= np.float32(plan["suspect_cutoff"])
     chosen = lowest(plan["suspect_cutoff"])
     listed = storage.join(run.out, "selected.parquet")
-    sink = pa.BufferOutputStream()
-    pq.write_table(chosen.select(["shard", "row", "uid", "class"]), sink)
-    storage.put_bytes(listed, sink.getvalue())
+    put_table(listed, chosen.select(["shard", "row", "uid", "class"]))
     folder = storage.join(run.out, "selected")
     storage.remove_tree(folder)
     if shards:

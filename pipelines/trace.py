@@ -23,31 +23,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from tarsift.clip_detect.neighbors import unit_norm
 from tarsift.operators import storage
 from tarsift.operators.decoding import ImageConfig, UnusableImage
-from tarsift.operators.encoder import EncoderInfo, Regime, encoder_regime, short_name
+from tarsift.operators.encoder import Regime, encoder_regime, info_of
 from tarsift.operators.errors import UsageError
 from tarsift.operators.isolation import IsolatedDecoder
 from tarsift.operators.models import LoadedEncoder, load_encoder
-from tarsift.operators.schema import matrix
 from tarsift.operators.shards import Shard
 from tarsift.operators.storage import join
-from tarsift.operators.stored import Stored
+from tarsift.operators.stored import Stored, put_table
 from tarsift.operators.trace_settings import TracingConfig
+from tarsift.operators.trace_verdict import Question, ask_in_rounds
 from tarsift.operators.tracer import (
     BANKS,
     FitCurvature,
-    Question,
     TraceSlice,
-    combined,
+    concepts_of,
+    echo_of,
     embed_captions,
-    fetch_pictures,
     refuse_too_large,
     said_of,
-    with_verdict,
 )
-from tarsift.pipelines.choosing import choose, choose_random
+from tarsift.pipelines.choosing import SUSPICION, Alike, by_suspicion, choose, choose_random
 from tarsift.pipelines.embed import gpu_share
 from tarsift.pipelines.fitting import save_arrays
 from tarsift.pipelines.ledger import Ledger, fingerprint
@@ -57,13 +54,11 @@ from tarsift.pipelines.report.tracing import write_trace_page
 from tarsift.pipelines.run import Run, absolute_spec, reopen_run
 from tarsift.pipelines.stopping import stop_if_asked
 from tarsift.pipelines.tasks import side_by_side
-from tarsift.sifters.image_text import choose_concepts
 
 FOLDER, CURVATURE, SLICES = "trace", ".curvature", ".slices"
 ABOUT, SAMPLES, QUERIES = "trace.json", "samples.parquet", "queries.npz"
 JOB_TIMEOUT_S = 24 * 3600.0  # the curvature of a large model takes an hour on a GPU
 CAPTIONS = 4096  # of the random sample, among which those of different concepts are looked for
-SUSPICION = "suspicion"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # of a trace, which is that of its folder
 
 
@@ -198,8 +193,7 @@ def regime_of(encoder: LoadedEncoder, run: Run) -> Regime:
     Raises:
         UsageError: if it never saw it: nothing there can be behind what it says.
     """
-    facts = {field: getattr(encoder, field) for field in EncoderInfo.__dataclass_fields__}
-    regime = encoder_regime(EncoderInfo(**{**facts, "name": short_name(encoder.name)}), run.digests)
+    regime = encoder_regime(info_of(encoder), run.digests)
     if regime.code == "not_trained_on_this_dump":
         raise UsageError(f"{regime.sentence} Nothing there can be behind what it says.")
     return regime
@@ -248,15 +242,14 @@ class _Tracing:
         self._refuse_unsaid(question, queries)
         candidates = self._candidates(sample.slice(0, self.config.others))
         curvature = self._curvature(sample.slice(0, few))
-        asked = self._slices(name, print_, 0, question, curvature, candidates)
-        found, echoes = combined(asked, None, self.config), 0
-        for number in range(1, self.config.rounds + 1):
-            echo = self._echo(found, question.concepts)
-            if echo is None:
-                break
-            echoed = self._slices(name, print_, number, echo, curvature, candidates)
-            found, echoes = combined(asked, echoed, self.config), len(echo.samples)
-        found, cutoff = with_verdict(found, self.config)
+
+        def ask(number: int, asked: Question) -> pa.Table:
+            return self._slices(name, print_, number, asked, curvature, candidates)
+
+        def echo(found: pa.Table) -> Question | None:
+            return echo_of(found, question, self.encoder, self._shards(), self.images, self.config)
+
+        found, cutoff, echoes = ask_in_rounds(ask, question, echo, self.config)
         return found, {
             "name": name,
             "fingerprint": print_,
@@ -275,18 +268,15 @@ class _Tracing:
 
     def _concepts(self, captions: Sequence[str]) -> tuple[str, ...]:
         """Return what is said, and captions of the dump that say other things."""
-        distinct = list(dict.fromkeys(captions))
-        if not distinct:
+        if not captions:
             raise UsageError(f"no sample of {self.run.out} has an image and a caption: there is nothing to trace to.")
-        embedded = embed_captions(self.encoder, [self.says, *distinct])
-        most = self.config.concepts - 1
-        others = choose_concepts(embedded[0], embedded[1:], most=most, apart=self.config.apart)
-        if not len(others):
+        concepts = concepts_of(self.encoder, self.says, captions, self.config)
+        if len(concepts) == 1:
             raise UsageError(
                 f"to the encoder all captions of {self.run.out} say the same as {self.says!r}: there is nothing else "
                 "that it could say of a picture."
             )
-        return (self.says, *(distinct[row] for row in others))
+        return concepts
 
     def _refuse_unsaid(self, question: Question, queries: Sequence[str]) -> None:
         """Refuse pictures of which the model says something else.
@@ -307,7 +297,7 @@ class _Tracing:
         groups = {"random": others}
         if self.config.suspects and self.run.fingerprint_of("score"):
             scores = Stored(join(self.run.out, "scores"), ("shard", "row", SUSPICION))
-            groups["suspect"] = choose(self.run, self.role, self.config.suspects, _suspicion, (SUSPICION,), [scores])
+            groups["suspect"] = choose(self.run, self.role, self.config.suspects, by_suspicion, (SUSPICION,), [scores])
         said = self._said_stored() if self.config.alike else None
         if said is not None:
             groups["alike"] = choose(self.run, self.role, self.config.alike, Alike(said), ("text_embedding",))
@@ -348,17 +338,6 @@ class _Tracing:
         self.run.progress(Event("curvature", 1, 1, len(sample), unit="sample", finished=True))
         return folder
 
-    def _echo(self, found: pa.Table, concepts: tuple[str, ...]) -> Question | None:
-        """Ask of the best candidates too, where the model says the same of them; None where there is no such."""
-        best, pictures = fetch_pictures(found.slice(0, self.config.echoes), self._shards(), self.encoder, self.images)
-        if not len(best):
-            return None
-        said = said_of(self.encoder, Question(pictures, concepts)).argmax(axis=1) == 0
-        places = list(zip(best["shard"].to_pylist(), best["row"].to_pylist(), strict=True))
-        chosen = np.flatnonzero(said)
-        samples = tuple(places[row] for row in chosen)
-        return Question(pictures[chosen], concepts, samples) if samples else None
-
     def _slices(
         self, name: str, print_: str, number: int, question: Question, curvature: str, candidates: pa.Table
     ) -> pa.Table:
@@ -394,21 +373,6 @@ class _Tracing:
         return {shard.name: shard for shard in self.run.shards}
 
 
-class Alike:
-    """How near captions are to one, as cosines (n,). Picklable, for a fold."""
-
-    def __init__(self, said: np.ndarray) -> None:
-        self.said = said
-
-    def __call__(self, table: pa.Table) -> np.ndarray:
-        captions, there = matrix(table["text_embedding"])
-        return np.where(there, unit_norm(captions.astype(np.float32)) @ self.said, np.nan)
-
-
-def _suspicion(table: pa.Table) -> np.ndarray:
-    return table[SUSPICION].to_numpy().astype(np.float64)
-
-
 def _fit(job: FitCurvature, sample: pa.Table) -> int:
     import torch
 
@@ -423,10 +387,3 @@ def _trace_slice(job: TraceSlice, candidates: pa.Table, out: str) -> int:
     found = job(candidates)
     put_table(out, found)
     return len(found)
-
-
-def put_table(url: str, table: pa.Table) -> None:
-    """Write a small table as one Parquet file."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    storage.put_bytes(url, sink.getvalue())

@@ -22,6 +22,7 @@ from tarsift.operators.encoder import short_name
 from tarsift.operators.errors import Interrupted, TarsiftError, UsageError
 from tarsift.operators.models import (
     Base,
+    LoadedEncoder,
     build_model,
     build_tokenizer,
     load_encoder,
@@ -124,9 +125,13 @@ def find_origin(config: PretrainConfig, out: str) -> Origin:
         raise UsageError(f"{name} is no {config.model}: leave `--model` out, the architecture is that of the base.")
     if storage.absolute(out) in (storage.absolute(part) for part in (config.base, config.base.partition(":")[2])):
         raise UsageError(f"{out} is the base itself, which is needed until training is done: give another `out`.")
+    return Origin(encoder.config, base_of(encoder, name), encoder.model.state_dict)
+
+
+def base_of(encoder: LoadedEncoder, name: str) -> Base:
+    """Return what the file of a training that goes on from an encoder says of it."""
     unknown = encoder.unknown_base or (name if encoder.trained_on is None else None)
-    base = Base(name, encoder.weights_sha256, encoder.trained_on or {}, encoder.steps, unknown)
-    return Origin(encoder.config, base, encoder.model.state_dict)
+    return Base(name, encoder.weights_sha256, encoder.trained_on or {}, encoder.steps, unknown)
 
 
 def _towers(architecture: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from tarsift.operators import storage
 from tarsift.operators.decoding import ImageConfig
 from tarsift.operators.shards import Shard
-from tarsift.operators.tracer import RANDOM
+from tarsift.operators.trace_verdict import RANDOM
 from tarsift.pipelines.report.charts import Histogram, histogram_svg
 from tarsift.pipelines.report.pictures import LARGE, Picture, make_thumbnails, thumbnail
 from tarsift.pipelines.report.render import render

@@ -11,7 +11,8 @@ from tarsift.operators.models import build_model, load_encoder
 from tarsift.operators.schema import fixed_size_list
 from tarsift.operators.shards import ReadShard, list_shards
 from tarsift.operators.trace_settings import TracingConfig
-from tarsift.operators.tracer import combined, fetch_pictures, queries_at_once, smoothed, with_verdict
+from tarsift.operators.trace_verdict import combined, smoothed, with_verdict
+from tarsift.operators.tracer import fetch_pictures, queries_at_once
 from tarsift.sifters.image_text import ImageText, layers_that_run, with_projection
 
 

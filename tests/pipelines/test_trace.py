@@ -15,7 +15,7 @@ from tarsift.operators.planting import poison_images
 from tarsift.operators.poison import PoisonConfig
 from tarsift.operators.repair_settings import PairUnlearnConfig, RepairConfig
 from tarsift.operators.trace_settings import PairTraceConfig, TracingConfig
-from tarsift.operators.tracer import TRACE_COLUMNS
+from tarsift.operators.trace_verdict import TRACE_COLUMNS
 from tarsift.pipelines import demo_corpus
 from tarsift.pipelines.clean import clean
 from tarsift.pipelines.poison import poison_here
