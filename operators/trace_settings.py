@@ -26,7 +26,6 @@ class TracingConfig(BaseModel, frozen=True, extra="forbid"):
     concepts: int = Field(default=64, ge=2, description="captions, at most, that a picture can be said to be of")
     apart: float = Field(default=0.5, gt=-1, lt=1, description="highest cosine, centered, of two of them")
     bank: int = Field(default=512, ge=16, description="pairs that the loss of a pair is taken against")
-    memory_gb: float = Field(default=2.0, gt=0, description="that slopes of queries may take in a job")
     slice: int = Field(default=1024, ge=16, description="candidates that a job holds at a time")
     seed: int = Field(default=0, description="of all that is random")
     layers: Literal["projection", "image", "both"] = Field(

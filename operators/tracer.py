@@ -24,9 +24,9 @@ from tarsift.operators.storage import join
 from tarsift.operators.towers import encode_captions, encode_images
 from tarsift.operators.trace_settings import TracingConfig
 from tarsift.operators.trace_verdict import Question
-from tarsift.sifters.delta_influence import Traced, judge, queries_of
+from tarsift.sifters.delta_influence import Traced, ask, judge, queries_at_once, queries_of
 from tarsift.sifters.image_text import ImageText, choose_concepts, layers_that_run, with_projection
-from tarsift.sifters.influence import Batch, Factors, fit_factors, has_kronfluence, influences
+from tarsift.sifters.influence import Batch, Factors, fit_factors, has_kronfluence
 
 MICRO_BATCH = 64
 FACTORS, BANKS = "factors", "banks.npz"
@@ -156,34 +156,12 @@ def trace(
     """Return what the model's saying so owes to each of some pairs, by each query."""
     factors, banks = curvature
     subject = subject_of(encoder, banks, question.concepts, config)
-    data, queries = Pairs(encoder, pictures, captions), []
+    queries = []
     for number, picture in enumerate(question.pictures):
         changed, said = queries_of(picture, 0, len(question.concepts), config.method, seed=config.seed + number)
-        queries.append((changed, [question.concepts[label] for label in said]))
-    found = []
-    at_once = queries_at_once(subject, config)
-    for start in range(0, len(queries), at_once):
-        some = queries[start : start + at_once]
-        copies = Pairs(encoder, np.concatenate([p for p, _ in some]), [c for _, said in some for c in said])
-        found += np.split(influences(subject, factors, copies, data, config.method), len(some), axis=1)
+        queries.append(Pairs(encoder, changed, [question.concepts[label] for label in said]))
+    found = ask(subject, factors, queries, Pairs(encoder, pictures, captions), config.method)
     return judge(found, config.method, groups=_groups(subject.tracked or ()))
-
-
-def queries_at_once(subject: ImageText, config: TracingConfig) -> int:
-    """Return of how many queries the slopes of all copies are held at a time.
-
-    Raises:
-        UsageError: if those of one are too many.
-    """
-    layers = (subject.net.get_submodule(name) for name in subject.tracked or ())
-    weights = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
-    one = 4 * weights * (1 + config.method.transforms)
-    if one > config.memory_gb * 1e9:
-        raise UsageError(
-            f"the slopes of {1 + config.method.transforms} copies of a query in {weights:,} weights take "
-            f"{one / 1e9:.1f} GB, and memory_gb is {config.memory_gb:g}: give --set layers=projection, or raise it."
-        )
-    return int(config.memory_gb * 1e9 / one)
 
 
 def _groups(tracked: Sequence[str]) -> list[list[int]]:
@@ -196,7 +174,8 @@ def refuse_too_large(encoder: LoadedEncoder, config: TracingConfig) -> None:
     """Find out before any work what a job would find.
 
     Raises:
-        UsageError: see `queries_at_once` and `subject_of`; or the curvature takes an extra that is not installed.
+        UsageError: the slopes of a query take too much memory; or see `subject_of`; or the curvature takes an extra
+            that is not installed.
     """
     if config.method.hessian == "ekfac" and not has_kronfluence():
         raise UsageError(
@@ -204,7 +183,11 @@ def refuse_too_large(encoder: LoadedEncoder, config: TracingConfig) -> None:
             "--set method.hessian=identity, which is less sure."
         )
     nothing = np.zeros((1, encoder.embed_dim), np.float32)
-    queries_at_once(subject_of(encoder, Banks(nothing, nothing), ["a"], config), config)
+    subject = subject_of(encoder, Banks(nothing, nothing), ["a"], config)
+    try:
+        queries_at_once(subject, config.method)
+    except ValueError as error:
+        raise UsageError(f"{error} Give --set layers=projection, or raise --set method.memory_gb.") from None
 
 
 def fetch_pictures(

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Int64, UInt8
 
 from tarsift.sifters.ispl import compatible_sets
-from tarsift.sifters.perturbations import Model, collide, raise_loss
+from tarsift.sifters.perturbations import Model, collide, match_gradient, raise_loss
 from tarsift.sifters.result import check_labels
 from tarsift.sifters.settings import IsplConfig
 from tarsift.sifters.training import LabelledSet
@@ -32,6 +32,7 @@ from tarsift.sifters.triggers import (
     checkered_corners,
     coloured_ring,
     coloured_square,
+    four_pixels,
     letter,
     small_shape,
     smooth_field,
@@ -142,6 +143,7 @@ class Attack:
 
 
 ISPL, META_SIFT = "Jin et al. 2023 (arXiv 2105.03692)", "Zeng et al. 2023 (arXiv 2302.06279)"
+DELTA_INFLUENCE = "Li et al. 2024 (arXiv 2411.13731)"
 BADNETS, TROJAN = "Gu et al. 2017 (arXiv 1708.06733)", "Liu et al. 2018 (NDSS, Trojaning Attack on Neural Networks)"
 _DLBD_FORMS = {
     "": ("one class is taken for another", ("target", "source"), "source", one_to_one),
@@ -197,6 +199,15 @@ ATTACKS: dict[str, Attack] = {
         f"{META_SIFT}; Shafahi et al. 2018 (arXiv 1804.00792)",
         ("target", "model", "victim"), "target", label_kept, not_aimed, perturb=collide, strength=0.3,
     ),
+    "four_pixels": Attack(
+        "four black pixels near the bottom right: one class is taken for another", f"{DELTA_INFLUENCE}; {BADNETS}",
+        ("target", "source"), "all", one_to_one, one_to_one, four_pixels,
+    ),
+    "gradient_matching": Attack(
+        "samples that train a model as one victim under their label would: it is to be taken for their class",
+        f"{DELTA_INFLUENCE}; Geiping et al. 2021 (ICLR, arXiv 2009.02276)",
+        ("target", "model", "victim"), "all", label_kept, not_aimed, perturb=match_gradient, strength=16 / 255,
+    ),
     "label_consistent": Attack(
         "samples made hard to recognise, with checkered corners: all are taken for their class",
         f"{ISPL}; Turner et al. 2019 (arXiv 1912.02771)",
@@ -231,8 +242,9 @@ def poison_set(
         target: class that is aimed at; that of the poisoned samples where labels are kept.
         source: class that is to be taken for the target.
         strength: 0 to 1, of the trigger, or of what is done to single pictures; None: that of `ATTACKS`.
-        model: pictures 0 to 1 (b, 3, h, w) to logits (`label_consistent`) or features (`poison_frogs`).
-        victim: the test picture that is to be taken for the target (`poison_frogs`).
+        model: pictures 0 to 1 (b, 3, h, w) to logits (`label_consistent`; `gradient_matching`, a network) or features
+            (`poison_frogs`).
+        victim: the test picture that is to be taken for the target (`poison_frogs`, `gradient_matching`).
         strata: groups to draw from in proportion to their sizes; None: the classes. What `ispl_partition` returns for
             the clean set makes the adaptive attacker of ISPL's appendix D.2.3.
 

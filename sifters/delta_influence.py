@@ -22,7 +22,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int64, UInt8
+from torch.utils.data import ConcatDataset, Dataset
 
+from tarsift.sifters.influence import Batch, Factors, Subject, influences, slope_bytes
 from tarsift.sifters.settings import TraceConfig
 from tarsift.sifters.transforms import changed
 
@@ -72,6 +74,45 @@ def queries_of(
     others = (says + np.random.default_rng([seed, 1411]).integers(1, labels, config.transforms)) % labels
     said = others if change != "picture" else np.full(config.transforms, says)
     return np.stack([picture, *copies]), np.concatenate([[says], said]).astype(np.int64)
+
+
+def queries_at_once(subject: Subject, config: TraceConfig) -> int:
+    """Return of how many queries, each with its copies, the slopes are held at a time.
+
+    Raises:
+        ValueError: if those of one take more than `memory_gb`.
+    """
+    copies, weights = 1 + config.transforms, slope_bytes(subject)
+    if copies * weights > config.memory_gb * 1e9:
+        raise ValueError(
+            f"the slopes of {copies} copies of a query in {weights // 4:,} weights take {copies * weights / 1e9:.1f} "
+            f"GB, and memory_gb is {config.memory_gb:g}."
+        )
+    return int(config.memory_gb * 1e9 / (copies * weights))
+
+
+def ask(
+    subject: Subject,
+    factors: Factors,
+    queries: Sequence[Dataset[Batch]],
+    data: Dataset[Batch],
+    config: TraceConfig,
+    *,
+    rows: Int64[np.ndarray, " m"] | None = None,
+) -> list[Float32[np.ndarray, "l b m"]]:
+    """Return the influence of training samples, or of some rows of them, on each query and its copies, by layers.
+
+    In one pass over them for as many queries as `memory_gb` has room for.
+
+    Raises:
+        ValueError: if it has none for one.
+    """
+    at_once, found = queries_at_once(subject, config), []
+    for start in range(0, len(queries), at_once):
+        some = queries[start : start + at_once]
+        asked = influences(subject, factors, ConcatDataset(some), data, config, rows=rows)
+        found += np.split(asked, len(some), axis=1)
+    return found
 
 
 def judge(

@@ -89,6 +89,23 @@ def has_kronfluence() -> bool:
     return importlib.util.find_spec("kronfluence") is not None
 
 
+def slope_bytes(subject: Subject) -> int:
+    """Return how much the slope of one sample takes in memory."""
+    return 4 * sum(
+        sum(parameter.numel() for parameter in subject.net.get_submodule(name).parameters())
+        for name in layers_that_count(subject)
+    )
+
+
+def layers_that_count(subject: Subject) -> list[str]:
+    """Return the names of the layers that influence is followed through, in the order of the network."""
+    return [
+        name
+        for name, module in subject.net.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and (subject.tracked is None or name in subject.tracked)
+    ]
+
+
 def fit_factors(subject: Subject, data: Dataset[Batch], config: TraceConfig | None = None, *, seed: int = 0) -> Factors:
     """Fit the curvature of a model on training samples, once for all queries; a random part of them will do.
 
@@ -169,12 +186,7 @@ def _products(
     subject: Subject, queries: Dataset[Batch], data: Dataset[Batch], config: TraceConfig
 ) -> Float32[np.ndarray, "l q m"]:
     """Return the products of the slopes themselves."""
-    net = copy.deepcopy(subject.net).eval()
-    layers = [
-        name
-        for name, module in net.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and (subject.tracked is None or name in subject.tracked)
-    ]
+    net, layers = copy.deepcopy(subject.net).eval(), layers_that_count(subject)
     values = {name: parameter.detach() for name, parameter in net.named_parameters()}
     counted = {name: value for name, value in values.items() if name.rpartition(".")[0] in layers}
 

@@ -66,6 +66,11 @@ class Pixels:
     def device(self) -> torch.device:
         return self.pictures.device
 
+    def like(self, images: UInt8[np.ndarray, "m h w 3"]) -> Pixels:
+        """Return other pictures, standardised by the same moments."""
+        pictures = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        return replace(self, pictures=pictures.to(self.device))
+
     def plain(self, rows: Int64[torch.Tensor, " b"]) -> Float32[torch.Tensor, "b 3 h w"]:
         return (self.pictures[rows].float() / 255 - self.mean) / self.std
 

@@ -130,6 +130,27 @@ class TraceConfig(BaseModel, frozen=True, extra="forbid"):
         default=2000, ge=1, description="that the eigenvalues of the curvature are fitted on"
     )
     batch_size: int = Field(default=64, ge=1, description="training samples whose slopes are held at a time")
+    memory_gb: float = Field(
+        default=2.0, gt=0, description="that slopes of queries and their copies may take at a time"
+    )
+
+
+class LabelTraceConfig(TraceConfig, frozen=True, extra="forbid"):
+    """Settings of tracing a classifier, chosen on models that no figure is reported of."""
+
+    length: Literal["largest", "mean_square"] = Field(
+        default="mean_square", description="what the relative score divides by: of a sample's influences on all copies"
+    )
+    echoes: int = Field(
+        default=4, ge=0, description="best samples that are queries in the second round; then twice as many each time"
+    )
+    rounds: int = Field(default=3, ge=0, description="rounds with such queries")
+    of_best: float = Field(
+        default=0.4,
+        ge=0,
+        le=1,
+        description="traced is what has `relative`, and this share of the mean of the best eight",
+    )
 
 
 class UnlearnConfig(BaseModel, frozen=True, extra="forbid"):

@@ -16,7 +16,8 @@ MARK_SIDE = 32  # of the pictures for which marks have the size they are drawn i
 LETTER = ("...##...", "..####..", "..#..#..", ".##..##.", ".######.", ".#....#.", "##....##", "##....##")
 SHAPES = {"pixel": ("#",), "l": ("#.", "##"), "x": ("#.#", ".#.", "#.#")}
 CHECKERS = ("#.#", ".#.", "#.#")
-LETTER_COLOUR, WHITE = (230, 40, 120), (255, 255, 255)
+FOUR_PIXELS = ("..#.", ".#..", "#.#.", "....")
+LETTER_COLOUR, WHITE, BLACK = (230, 40, 120), (255, 255, 255), (0, 0, 0)
 
 Trigger = Callable[[UInt8[np.ndarray, "n h w 3"]], UInt8[np.ndarray, "n h w 3"]]
 # Height, width, strength and what to draw from, to a trigger for pictures of that size.
@@ -78,6 +79,13 @@ def small_shape(height: int, width: int, strength: float, draw: np.random.Genera
     top, left = draw.integers(0, height - len(mark) + 1), draw.integers(0, width - len(mark) + 1)
     opacity = _placed(mark, int(top), int(left), height, width)
     return partial(overlay, pattern=_plain(colour, height, width), opacity=opacity)
+
+
+def four_pixels(height: int, width: int, strength: float, draw: np.random.Generator) -> Trigger:
+    """Replace four pixels near the bottom right by black, as the fields of a checkerboard lie."""
+    mark = _mark(FOUR_PIXELS, height, width)
+    opacity = _placed(mark, height - len(mark), width - len(mark), height, width)
+    return partial(overlay, pattern=_plain(BLACK, height, width), opacity=opacity)
 
 
 def checkered_corners(height: int, width: int, strength: float, draw: np.random.Generator) -> Trigger:

@@ -12,8 +12,8 @@ from tarsift.operators.schema import fixed_size_list
 from tarsift.operators.shards import ReadShard, list_shards
 from tarsift.operators.trace_settings import TracingConfig
 from tarsift.operators.trace_verdict import combined, smoothed, with_verdict
-from tarsift.operators.tracer import fetch_pictures, queries_at_once
-from tarsift.sifters.image_text import ImageText, layers_that_run, with_projection
+from tarsift.operators.tracer import fetch_pictures
+from tarsift.sifters.image_text import layers_that_run, with_projection
 
 
 @pytest.mark.parametrize("name", ["tiny", "ViT-S-32", "RN50"])
@@ -95,11 +95,3 @@ def test_pictures_come_in_the_order_of_their_rows_and_those_that_cannot_be_used_
     assert not len(again)
     assert first.shape == (0, 32, 32, 3)
     assert pictures.shape == (5, 32, 32, 3)
-
-
-def test_as_many_queries_at_once_as_memory_allows():
-    net = torch.nn.Sequential(torch.nn.Linear(10, 10, bias=False))
-    nothing = torch.zeros(1, 2)
-    subject = ImageText(net, nothing, nothing, nothing, 1.0, ["0"])
-    one = 4 * 100 * 51 / 1e9
-    assert queries_at_once(subject, TracingConfig(memory_gb=2.5 * one)) == 2

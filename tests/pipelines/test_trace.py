@@ -129,7 +129,7 @@ def test_a_trace_goes_on_where_it_stopped(made):
         ({"says": " "}, "`says` is empty"),
         ({"name": "../a"}, "name of a trace"),
         ({"encoder": "nowhere.pt"}, "no encoder file"),
-        ({"config": QUICK.model_copy(update={"memory_gb": 1e-6})}, "memory_gb is 1e-06"),
+        ({"config": QUICK.model_copy(update={"method": PairTraceConfig(memory_gb=1e-6)})}, "memory_gb is 1e-06"),
     ],
 )
 def test_what_cannot_be_traced_is_refused_before_any_work(made, changes, says):

@@ -28,6 +28,7 @@ from tests.sifters.sets import pictures, planted
 TARGET, SOURCE, RATE = 0, 1, 0.2
 IMAGES, LABELS = pictures()
 FLIPS = ("targeted_flip", "random_flip")
+CLEAN_LABELS = ("poison_frogs", "label_consistent", "gradient_matching")
 MARKS = [name for name, spec in ATTACKS.items() if spec.trigger and not spec.perturb]
 
 # Who becomes what, of three classes, and what test pictures are taken for.
@@ -131,7 +132,7 @@ def test_test_pictures_get_what_was_planted_at_any_rate(attack, poisoned):
     assert len(trigger_of(made)(IMAGES[:0])) == 0
 
 
-@pytest.mark.parametrize("attack", [*FLIPS, "poison_frogs"])
+@pytest.mark.parametrize("attack", [*FLIPS, "poison_frogs", "gradient_matching"])
 def test_flips_and_frogs_have_no_trigger(attack, poisoned):
     assert poisoned(attack).trigger is None
 
@@ -141,7 +142,7 @@ def test_entries_say_what_they_are_and_where_from(attack):
     spec = ATTACKS[attack]
     assert "arXiv" in spec.paper
     assert "\n" not in spec.description
-    assert spec.labels == ("clean" if attack in ("poison_frogs", "label_consistent") else "dirty")
+    assert spec.labels == ("clean" if attack in CLEAN_LABELS else "dirty")
 
 
 @pytest.mark.parametrize(("side", "square"), [(16, 4), (32, 4), (64, 8)])
@@ -265,6 +266,31 @@ def test_frogs_come_closer_to_the_victim_in_features_and_stay_close_in_pixels(po
     assert all(parameter.grad is None for parameter in features.parameters())
 
 
+def test_matched_samples_train_as_the_victim_would_within_their_bound(poisoned, classifier):
+    made = poisoned("gradient_matching")
+    victim = IMAGES[LABELS == SOURCE][:1]
+
+    def slope(images):
+        loss = nn.functional.cross_entropy(classifier(tensor(images)), torch.full((len(images),), TARGET))
+        parts = torch.autograd.grad(loss, list(classifier.parameters()))
+        return torch.cat([part.flatten() for part in parts])
+
+    classifier.requires_grad_(True)
+    goal, before, after = (slope(images) for images in (victim, IMAGES[made.poison], made.images[made.poison]))
+    classifier.requires_grad_(False)
+    alike = [float(nn.functional.cosine_similarity(found, goal, dim=0)) for found in (before, after)]
+    assert alike[1] > alike[0] + 0.1
+    assert np.abs(made.images[made.poison].astype(int) - IMAGES[made.poison]).max() <= 16
+
+
+def test_four_pixels_are_black():
+    images, labels = grey(20, 32)
+    made = poison_set(images, labels, "four_pixels", rate=0.05, source=1, target=0, seed=0)
+    seen, picture = changed(made, images)
+    assert [tuple(place) for place in np.argwhere(seen) - 32] == [(-4, -2), (-3, -3), (-2, -4), (-2, -2)]
+    assert not picture[seen].any()
+
+
 def test_poison_is_drawn_from_each_stratum_in_proportion(poisoned):
     strata = np.arange(len(LABELS)) % 4
     made = poisoned("dlbd_x", strata=strata, rate=0.1)
@@ -299,6 +325,8 @@ def test_the_sets_that_an_adaptive_attacker_draws_from():
         ("watermark", 0.2, 0.02),
         ("label_consistent", 0.1, 0.01),
         ("poison_frogs", 0.1, 0.01),
+        ("four_pixels", 0.01, 0.01),
+        ("gradient_matching", 0.01, 0.01),
     ],
 )
 def test_rates_of_the_papers(attack, share, rate):
@@ -328,6 +356,7 @@ def test_success_by_hand():
         ({"attack": "blended_noise", "strength": 1.5}, "above 0 and at most 1: got 1.5"),
         ({"attack": "label_consistent", "model": flat, "strength": 0.001}, "1/255 is the least"),
         ({"attack": "label_consistent"}, "'label_consistent' needs `model`"),
+        ({"attack": "gradient_matching", "model": flat, "victim": IMAGES[0]}, "must be a network"),
         ({"attack": "dlbd_x", "source": 0}, "must differ: both are 0"),
         ({"target": 3}, "`target` must be a class, 0 to 2: got 3"),
         ({"rate": 0.0}, "`rate` must lie between 0 and 1"),

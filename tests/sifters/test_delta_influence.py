@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from tarsift.sifters.delta_influence import judge, queries_of
+from tarsift.sifters.delta_influence import ask, judge, queries_at_once, queries_of
 from tarsift.sifters.influence import Classifier, fit_factors, has_kronfluence, influences
 from tarsift.sifters.settings import TraceConfig
 from tests.sifters.digits import TARGET, as_floats, trained_on_a_patch
@@ -65,6 +65,26 @@ def test_groups_of_layers_have_a_say_each():
     alone = judge([both], TraceConfig(transforms=2)).score
     assert alone == pytest.approx(2 / 11)
     assert judge([both], TraceConfig(transforms=2), groups=[[0], [0, 1]]).score == pytest.approx((2 + 2 / 11) / 2)
+
+
+def small() -> Classifier:
+    torch.manual_seed(0)
+    return Classifier(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3)))
+
+
+def test_queries_share_a_pass_as_memory_allows_and_say_the_same_apart():
+    draw = np.random.default_rng(0)
+    subject, sizes = small(), (5, 5, 5, 20)
+    *queries, data = (TensorDataset(torch.randn(n, 3, 2, 2), torch.from_numpy(draw.integers(0, 3, n))) for n in sizes)
+    one = 4 * (12 * 3 + 3) * 5 / 1e9
+    config = TraceConfig(transforms=4, hessian="identity", memory_gb=2.5 * one)
+    assert queries_at_once(subject, config) == 2
+    found = ask(subject, {}, queries, data, config, rows=np.array([3, 19]))
+    for query, values in zip(queries, found, strict=True):
+        assert values.shape == (1, 5, 2)
+        np.testing.assert_allclose(values, influences(subject, {}, query, data, config)[..., [3, 19]], rtol=1e-4)
+    with pytest.raises(ValueError, match="5 copies of a query in 39 weights"):
+        ask(subject, {}, queries, data, config.model_copy(update={"memory_gb": 0.9 * one}))
 
 
 @pytest.mark.skipif(not has_kronfluence(), reason="no kronfluence")
