@@ -141,6 +141,10 @@ def table(results: Path) -> None:
         print(f"accuracy within 2 points of the clean corpus in {np.mean(kept):.2f}")
 
 
+def batches(cells: list[Cell], size: int) -> list[list[Cell]]:
+    return [cells[start : start + size] for start in range(0, len(cells), size)]
+
+
 def main() -> None:
     parser = parser_of(__doc__, "retrain.jsonl")
     parser.add_argument("--scored", type=Path, default=RESULTS / "detect.jsonl")
@@ -152,11 +156,15 @@ def main() -> None:
         return
     require_data(parser, options)
     done = Cells(options.results, scoring_digest())
+    wanted = sorted(
+        qualifying(options.scored, options.share), key=lambda cell: not (options.cache / f"{cell.digest}.npz").exists()
+    )
     jobs = [
         (cell, way, fraction, options.data, options.cache)
-        for cell in qualifying(options.scored, options.share)
+        for together in batches(wanted, options.processes)  # each makes a cell of its own, then all reuse it
         for fraction in options.fractions
         for way in WAYS
+        for cell in together
         if not done.find(made=cell.digest, way=way, fraction=fraction)
     ]
     print(f"{len(jobs)} trainings to do", flush=True)

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from detect import QUALIFIES, cell, parser_of, require_data, success_of
@@ -56,6 +57,7 @@ from tarsift.operators.tracer import (
 )
 from tarsift.pipelines.poison import poison_here
 from tarsift.pipelines.pretrain import pretrain_here
+from tarsift.sifters.delta_influence import cutoff_of
 from tarsift.sifters.unlearn import METHODS
 
 SEEDS = {"tuning": (0, 1), "reporting": (3, 4)}
@@ -66,6 +68,7 @@ TRIED = {
 }
 IN_VOCABULARY = ("cifar10", "patch", 0.05, "truck")
 QUERIES = (1, 5)
+SHARES = (0.0, 0.2, 0.3, 0.5)  # of the best, beside the default: what else the cutoff could have been
 MODULES = (  # that a cell depends on
     "operators/trace_settings.py", "operators/tracer.py",
     "operators/trace_verdict.py", "operators/repair_settings.py", "operators/repairer.py",
@@ -195,8 +198,10 @@ def figures_of(found: pa.Table, poison: np.ndarray, planted: int) -> dict[str, f
         values = np.asarray(found[name].combine_chunks(), np.float64)
         out[f"{name}_ap"] = metrics.average_precision(values, poison)
         out[f"{name}_auroc"] = metrics.auroc(values, poison)
-    for name in ("traced", "by_count"):
-        marked = np.asarray(found[name].combine_chunks())
+    score = np.asarray(found["trace_score"].combine_chunks())
+    rules = {name: np.asarray(found[name].combine_chunks()) for name in ("traced", "by_count")}
+    rules |= {f"of_best_{share:g}": score >= cutoff_of(score, 3.0, share) for share in SHARES}
+    for name, marked in rules.items():
         out |= {f"{name}_precision": float(poison[marked].mean()) if marked.any() else 0.0}
         out |= {f"{name}_tpr": float(poison[marked].sum() / planted), name: int(marked.sum())}
     return {name: round(value, 4) for name, value in out.items()}
@@ -216,7 +221,7 @@ def repair_cell(job: tuple[Cell, str, Path, Path]) -> dict[str, Any]:
             return {**line, "learned": False}
         clean = make(replace(cell, attack=None, rate=0.0, strengths={}), data, cache)
         found = made.find(question, made.candidates(), made.curvature())
-        fixed = forget(made, found.filter(found["traced"]), method)
+        fixed = forget(made, found.filter(pc.field("trace_score") >= RepairConfig().above), method)
         after = measure(cell, load_encoder(fixed), made.source, made.plan)
         line |= {"learned": True, "accuracy_clean": clean.record["accuracy"], **after}
         return {**line, "cpu_s": round(time.process_time() - start, 1)}

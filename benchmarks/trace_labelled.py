@@ -33,6 +33,7 @@ from victims import ATTACKS, NETWORK, TARGET, Cell, Victim, digest_of_code, gues
 from tarsift.clip_detect import metrics
 from tarsift.sifters.baselines import sift_by
 from tarsift.sifters.frequency import FrequencyDetector
+from tarsift.sifters.result import clean_base_set
 from tarsift.sifters.settings import BaselineConfig, LabelTraceConfig, UnlearnConfig
 from tarsift.sifters.tracing import Behind, fit_curvature, trace
 from tarsift.sifters.unlearn import METHODS, WITHOUT_FORGOTTEN, unlearn
@@ -44,7 +45,9 @@ SEEDS = {
 QUERIES = (1, 5, 10)
 TAUS, TOLERATED = (-1.0, -10.0), (0, 1, 2, 3)  # beside the default, 0
 BUDGET = UnlearnConfig(batch_size=128, steps=1000, exact_steps=1100, augmented=False)  # a training is 1,100 steps
-CLEAN_BASE = 1000  # samples that ibau is given, known to be clean
+BASE_SET = 1000  # samples that ibau is given
+BASE_SETS = ("base_clean", "base_random", "base_sifted")  # known to be clean, any, or by mean diluted loss
+OF_SIFTERS = BaselineConfig(network=NETWORK)
 OTHERS = ("activation_clustering", "spectral_signatures", "frequency")
 
 
@@ -123,9 +126,9 @@ def trace_cell(job: tuple[Cell, Path, Path]) -> dict[str, Any]:
 
 def others(cell: Cell, victim: Victim) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return what other detectors say: scores, and which samples they take for poison."""
-    made, config = victim.made, BaselineConfig(network=NETWORK)
-    clusters = sift_by("activation_clustering", made.images, made.labels, config=config, seed=cell.seed).score
-    spectra = sift_by("spectral_signatures", made.images, made.labels, config=config, seed=cell.seed).score
+    made = victim.made
+    clusters = sift_by("activation_clustering", made.images, made.labels, config=OF_SIFTERS, seed=cell.seed).score
+    spectra = sift_by("spectral_signatures", made.images, made.labels, config=OF_SIFTERS, seed=cell.seed).score
     most = round(1.5 * made.poison.sum())  # as published: 1.5 times what is planted, in each class
     foremost = np.zeros(len(spectra), bool)
     for label in range(10):
@@ -150,31 +153,37 @@ def repair_cell(job: tuple[Cell, str, str, Path, Path]) -> dict[str, Any]:
         return line | victim.measure(trained(cell, *victim.clean))
     masks = {file.stem: np.load(file) for file in (cache / cell.name).glob("*.npy")}
     masks |= {"poison": poison, "missed": poison & ~masks["traced"]}
-    gone, start = masks[by], time.process_time()
+    start = time.process_time()
+    gone = ~base_set(by, cell, victim) if method in WITHOUT_FORGOTTEN else masks[by]
     if not gone.any():
         return line | {"nothing": True}
     if method == "eu":
         net = trained(cell, images[~gone], labels[~gone])
     else:
-        if method in WITHOUT_FORGOTTEN:
-            gone = np.ones(len(poison), bool)
-            gone[np.random.default_rng([cell.seed, 3]).choice(np.flatnonzero(~poison), CLEAN_BASE, replace=False)] = (
-                False
-            )
         net = unlearn(victim.net, samples_of(victim), gone, method, config=BUDGET, seed=cell.seed)
+    line |= {"forgot": int(gone.sum()), "poison_kept": int((poison & ~gone).sum())}
     return line | victim.measure(net) | {"cpu_s": round(time.process_time() - start, 1)}
+
+
+def base_set(name: str, cell: Cell, victim: Victim) -> np.ndarray:
+    """Return which samples ibau is given, (n,) bool."""
+    poison, out = victim.made.poison, np.zeros(len(victim.made.poison), bool)
+    count = min(BASE_SET, len(poison) // 10)
+    if name == "base_sifted":
+        score = sift_by("diluted_loss", victim.made.images, victim.made.labels, config=OF_SIFTERS, seed=cell.seed).score
+        out[clean_base_set(score, victim.made.labels, count)] = True
+    else:
+        among = np.flatnonzero(~poison) if name == "base_clean" else np.arange(len(poison))
+        out[np.random.default_rng([cell.seed, 3]).choice(among, count, replace=False)] = True
+    return out
 
 
 def repairs(cell: Cell) -> list[tuple[str, str]]:
     """Return methods, and by whom what they are to forget was found."""
-    out = [
-        ("eu", "clean"),
-        *((method, "traced") for method in METHODS),
-        ("eu", "poison"),
-        ("eu", "missed"),
-        ("eu", "count"),
-    ]
-    return [*out, *(("eu", by) for by in ("positive", *OTHERS))] if cell.corpus == "cifar10" else out
+    forgetting = [method for method in METHODS if method not in WITHOUT_FORGOTTEN]
+    out = [("eu", by) for by in ("clean", "poison", "missed", "count")]
+    out += [(method, "traced") for method in forgetting] + [("ibau", name) for name in BASE_SETS]
+    return out + [("eu", by) for by in ("positive", *OTHERS) if cell.corpus == "cifar10"]
 
 
 def cells_of(part: str) -> list[Cell]:

@@ -17,8 +17,17 @@ class PairUnlearnConfig(UnlearnConfig, frozen=True, extra="forbid"):
 
 
 class RepairConfig(BaseModel, frozen=True, extra="forbid"):
-    """Settings of `tarsift repair`."""
+    """Settings of `tarsift repair`.
 
+    `above` lies lower than what a trace calls traced: clean samples that are forgotten cost little, and some of the
+    poison that stays can be enough.
+    """
+
+    above: float = Field(
+        default=3.0,
+        gt=0,
+        description="candidates of a trace are forgotten from so many deviations above the random ones",
+    )
     epochs: int = Field(default=5, ge=1, description="cf: passes over the retained pairs; eu trains as it was trained")
     lr: float | None = Field(default=None, gt=0, description="cf: highest learning rate; None = as `pretrain --from`")
     retained: int = Field(default=10_000, ge=2, description="ssd, scrub, badt, ibau: random retained pairs in memory")

@@ -12,6 +12,7 @@ from jaxtyping import Float, Float32, UInt8
 from tarsift.clip_detect.neighbors import knn
 from tarsift.operators.schema import append, matrix
 from tarsift.operators.trace_settings import TracingConfig
+from tarsift.sifters.delta_influence import cutoff_of
 
 NORMAL = 1.4826  # by which the median distance from the median is the deviation of a normal distribution
 # What is known of a candidate, beside where its picture lies.
@@ -24,7 +25,6 @@ TRACE_COLUMNS = {
     "by_count": "the rule of the paper: it collapses under all changes but a few",
     "traced": "`trace_score` is at least `above`, and at least `of_best` of that of the best",
 }
-BEST = 8  # candidates whose mean says how far out it is that something stands
 RANDOM = "random"  # candidates that show what is usual
 
 
@@ -113,5 +113,5 @@ def with_verdict(candidates: pa.Table, config: TracingConfig) -> tuple[pa.Table,
     middle = float(np.median(random))
     spread = NORMAL * float(np.median(np.abs(random - middle)))
     above = ((score - middle) / (spread or 1.0)).astype(np.float32)
-    cutoff = max(config.above, config.of_best * float(np.sort(above)[-BEST:].mean()))
+    cutoff = cutoff_of(above, config.above, config.of_best)
     return append(candidates, {"trace_score": above, "traced": above >= cutoff}), cutoff

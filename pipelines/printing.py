@@ -85,7 +85,12 @@ def print_repair(result: Any, console: Console) -> None:
     done = (
         f"{result.method}: {result.forgot:,} samples forgotten in {result.elapsed_s:.0f} s; measured on {result.held}"
     )
-    for text in (done, f"repaired     {result.encoder}", f"forgotten    {result.listed}"):
+    for text in (
+        done,
+        f"kept to      {result.kept_to}",
+        f"repaired     {result.encoder}",
+        f"forgotten    {result.listed}",
+    ):
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 

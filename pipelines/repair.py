@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
+from jaxtyping import Bool
 
 from tarsift.operators import storage
 from tarsift.operators.encoder import short_name
@@ -34,6 +36,7 @@ from tarsift.pipelines.passes import embed_name
 from tarsift.pipelines.pretrain import pretrain
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.run import Run, absolute_spec, reopen_run
+from tarsift.pipelines.select import LISTED as SELECTED
 from tarsift.pipelines.tasks import side_by_side
 from tarsift.pipelines.trace import (
     ABOUT,
@@ -45,7 +48,7 @@ from tarsift.pipelines.trace import (
     regime_of,
 )
 from tarsift.pipelines.train_job import PretrainConfig, base_of
-from tarsift.sifters.unlearn import METHODS
+from tarsift.sifters.unlearn import METHODS, WITHOUT_FORGOTTEN
 
 REPAIRS, LIST = "repair", "forgotten.parquet"
 COLUMNS = ("shard", "row", "key", "image_offset", "image_size", "caption")
@@ -62,6 +65,7 @@ class RepairResult:
         before, after: shares, 0 to 1: of the `queries` of the trace, and of the `forgotten` samples, of which the model
             says what was traced; `recall_at_5` of captions.
         held: what the last is measured on.
+        kept_to: what the model was to keep to.
     """
 
     encoder: str
@@ -71,6 +75,7 @@ class RepairResult:
     before: dict[str, float]
     after: dict[str, float]
     held: str
+    kept_to: str
     elapsed_s: float
 
     def to_json(self) -> dict[str, Any]:
@@ -98,7 +103,7 @@ def repair(
         to: the file of the repaired one.
         method: a name in `METHODS`; `eu` is the surest.
         trace: name of the trace; None: the only one there is, if any.
-        forget: `traced` or `flagged` samples; None: `traced` if there is a trace.
+        forget: `traced` samples, from `config.above` on, or `flagged` ones; None: `traced` if there is a trace.
         held_out: shards that it was not trained on, for `recall_at_5`; None: samples of the dump that are kept.
         config: settings.
         progress: told what is done.
@@ -144,10 +149,14 @@ def repair(
             urls = [shard.url for shard in run.shards]
             training = training.model_copy(update={"read": run.config.read, "leave_out": listed})
             pretrain(urls, out=to, config=training, progress=progress)
+            kept_to = "all other pairs of the dump"
         else:
-            repairing.unlearn(method, forgotten, to)
+            retained, kept_to = repairing.retained(method, forgotten)
+            repairing.unlearn(method, forgotten, retained, to)
         after = repairing.examine(to, forgotten, held)
-    result = RepairResult(to, method, len(forgotten), listed, before, after, what, round(time.monotonic() - start, 3))
+    result = RepairResult(
+        to, method, len(forgotten), listed, before, after, what, kept_to, round(time.monotonic() - start, 3)
+    )
     storage.put_bytes(join(run.out, REPAIRS, method, "repair.json"), json.dumps(result.to_json(), indent=1).encode())
     return result
 
@@ -203,10 +212,18 @@ class _Repairing:
             assert self.about is not None  # or there would be nothing traced
             data = storage.read_bytes(join(self.run.out, FOLDER, self.about["name"], SAMPLES))
             table = pq.read_table(pa.BufferReader(data))
-            return table.filter(table["traced"]).select(list(COLUMNS)).replace_schema_metadata(None)
-        embedded = Stored(join(self.run.out, "embeddings", self.run.roles[0]), COLUMNS)
-        read = ReadStored([embedded, Stored(join(self.run.out, "flags"), ("flagged",))])
-        parts = [table.filter(pc.field("flagged")) for name in self.run.names for table in read(name)]
+            return (
+                table.filter(pc.field("trace_score") >= self.config.above)
+                .select(list(COLUMNS))
+                .replace_schema_metadata(None)
+            )
+        flags = Stored(join(self.run.out, "flags"), ("flagged",))
+        return self._pairs(lambda table: np.asarray(table["flagged"]), [flags])
+
+    def _pairs(self, chosen: Callable[[pa.Table], np.ndarray], beside: Sequence[Stored] = ()) -> pa.Table:
+        """Return the pairs of the dump that are chosen, by what is stored beside them too."""
+        read = ReadStored([Stored(join(self.run.out, "embeddings", self.run.roles[0]), COLUMNS), *beside])
+        parts = [table.filter(pa.array(chosen(table))) for name in self.run.names for table in read(name)]
         usable = pa.concat_tables(parts).filter(pc.field("image_offset").is_valid() & pc.field("caption").is_valid())
         return usable.select(list(COLUMNS)).replace_schema_metadata(None)
 
@@ -223,8 +240,7 @@ class _Repairing:
         """Return random pairs, without some."""
         rows = choose_random(self.run, self.run.roles[0], count + len(leave), salt=f"repair {self.config.seed}")
         gone = set(zip(leave["shard"].to_pylist(), leave["row"].to_pylist(), strict=True))
-        places = zip(rows["shard"].to_pylist(), rows["row"].to_pylist(), strict=True)
-        kept = rows.filter(pa.array([place not in gone for place in places], pa.bool_()))
+        kept = rows.filter(pa.array(~_is_in(rows, gone)))
         return kept.slice(0, count).select(list(COLUMNS))
 
     def examine(self, spec: str, forgotten: pa.Table, held: _Held) -> dict[str, float]:
@@ -245,9 +261,22 @@ class _Repairing:
         self.run.progress(Event("examine", 1, 1, unit="encoder", finished=True))
         return {name: round(value, 4) for name, value in found.items()}
 
-    def unlearn(self, method: str, forgotten: pa.Table, to: str) -> None:
+    def retained(self, method: str, forgotten: pa.Table) -> tuple[pa.Table, str]:
+        """Return pairs that the model is to keep to, and what they are.
+
+        Surely clean ones for a method that needs them, where `tarsift select` has chosen some; else random ones.
+        """
+        url = join(self.run.out, SELECTED)
+        if method in WITHOUT_FORGOTTEN and storage.exists(url):
+            selected = pq.read_table(pa.BufferReader(storage.read_bytes(url)), columns=["shard", "row"])
+            places = set(zip(selected["shard"].to_pylist(), selected["row"].to_pylist(), strict=True))
+            pairs = self._pairs(lambda table: _is_in(table, places))
+            return pairs, f"{len(pairs):,} pairs that `tarsift select` has chosen"
+        pairs = self._random(self.config.retained, forgotten)
+        return pairs, f"{len(pairs):,} random pairs of the dump that are kept"
+
+    def unlearn(self, method: str, forgotten: pa.Table, retained: pa.Table, to: str) -> None:
         """Unlearn in a job, and write the encoder file."""
-        retained = self._random(self.config.retained, forgotten)
         shards = {shard.name: shard for shard in self.run.shards}
         gpus = gpu_share(self.run.config.resources)
         job = UnlearnPairs(self.spec, shards, self.run.config.images, method, self.config, "cuda" if gpus else "cpu")
@@ -267,6 +296,11 @@ class _Repairing:
             to, model, config=loaded.config, shards=self.run.digests, steps=0, samples=0, seed=self.config.seed,
             base=base, extra={"repaired_by": method, "forgot": len(forgotten)},
         )  # fmt: skip
+
+
+def _is_in(table: pa.Table, places: Set[tuple[str, int]]) -> Bool[np.ndarray, " n"]:
+    there = zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True)
+    return np.array([place in places for place in there], bool)
 
 
 @dataclass(frozen=True)

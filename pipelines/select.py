@@ -26,6 +26,7 @@ from tarsift.pipelines.tasks import side_by_side
 from tarsift.sifters.result import quotas
 
 TIE_KEY = b"tarsift.select"
+LISTED = "selected.parquet"  # in the result folder
 LARGEST_PART = 0.05  # what sifters are sure of: Meta-Sift's published results end there
 
 
@@ -89,7 +90,7 @@ def _select(run: Run, count: int, shards: bool) -> Selection:
 
     suspect = np.asarray(lowest(None)["suspicion"]) >= np.float32(plan["suspect_cutoff"])
     chosen = lowest(plan["suspect_cutoff"])
-    listed = storage.join(run.out, "selected.parquet")
+    listed = storage.join(run.out, LISTED)
     put_table(listed, chosen.select(["shard", "row", "uid", "class"]))
     folder = storage.join(run.out, "selected")
     storage.remove_tree(folder)

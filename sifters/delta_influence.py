@@ -28,6 +28,8 @@ from tarsift.sifters.influence import Batch, Factors, Subject, influences, slope
 from tarsift.sifters.settings import TraceConfig
 from tarsift.sifters.transforms import changed
 
+BEST = 8  # samples whose mean says how far out it is that something stands
+
 
 @dataclass(frozen=True)
 class Traced:
@@ -141,6 +143,11 @@ def judge(
         traced=scores.mean(axis=0) >= config.relative,
         by_count=np.all(collapses >= influences[0].shape[1] - 1 - config.tolerated, axis=0),
     )
+
+
+def cutoff_of(score: Float[np.ndarray, " n"], least: float, of_best: float) -> float:
+    """Return from where a sample is traced: at least so much, and a share of the mean of the best."""
+    return max(least, of_best * float(np.sort(score)[-BEST:].mean()))
 
 
 def _relative(found: Float[np.ndarray, "b n"], config: TraceConfig) -> Float[np.ndarray, " n"]:

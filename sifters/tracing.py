@@ -15,14 +15,12 @@ from jaxtyping import Bool, Float32, Int64, UInt8
 from torch import nn
 from torch.utils.data import Dataset
 
-from tarsift.sifters.delta_influence import Traced, ask, judge, queries_at_once, queries_of
+from tarsift.sifters.delta_influence import Traced, ask, cutoff_of, judge, queries_at_once, queries_of
 from tarsift.sifters.influence import Batch, Classifier, Factors, fit_factors
 from tarsift.sifters.inputs import Pixels
 from tarsift.sifters.settings import LabelTraceConfig
 from tarsift.sifters.training import ROWS
 from tarsift.sifters.unlearn import Labelled
-
-BEST = 8  # samples whose mean says how far out it is that something stands
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def trace(
         relative = asked_of(_shown(pixels, echoes), len(pictures)).relative
         relative[np.arange(len(best)), best] = np.nan
         score = np.nanmean(np.concatenate([asked.relative, relative]), axis=0)
-    cutoff = max(config.relative, config.of_best * float(np.sort(score)[-BEST:].mean()))
+    cutoff = cutoff_of(score, config.relative, config.of_best)
     return Behind(score, score >= cutoff, cutoff, echoes, asked)
 
 
