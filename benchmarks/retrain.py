@@ -91,7 +91,11 @@ def run_training(job: tuple[Cell, str, float, Path, Path]) -> dict[str, Any]:
         work = Path(folder)
         source = find_source(cell, data, work)
         attack = with_templates(cell.poison(), source)
-        plan = with_templates(replace(cell, attack=None).poison(), source) if way == "clean" else attack
+        plan = (
+            with_templates(replace(cell, attack=None, rate=0.0, strengths={}).poison(), source)
+            if way == "clean"
+            else attack
+        )
         planted = poison_here(source.dump, out=str(work / "dump"), config=plan)
         left = remove(planted.shards, drop, work / "left")
         again = training(replace(cell, seed=cell.seed + 1000)).model_copy(update={"steps": made.record["steps"]})

@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +30,12 @@ from victims import ATTACKS, NETWORK, TARGET, Cell, Victim, digest_of_code, gues
 
 from tarsift.clip_detect import metrics
 from tarsift.sifters.baselines import sift_by
+from tarsift.sifters.delta_influence import Traced, judge
 from tarsift.sifters.frequency import FrequencyDetector
+from tarsift.sifters.influence import Factors
 from tarsift.sifters.result import clean_base_set
 from tarsift.sifters.settings import BaselineConfig, LabelTraceConfig, UnlearnConfig
-from tarsift.sifters.tracing import Behind, fit_curvature, trace
+from tarsift.sifters.tracing import ask_classifier, fit_curvature, trace
 from tarsift.sifters.unlearn import METHODS, WITHOUT_FORGOTTEN, unlearn
 
 SEEDS = {
@@ -45,6 +45,7 @@ SEEDS = {
 QUERIES = (1, 5, 10)
 TAUS, TOLERATED = (-1.0, -10.0), (0, 1, 2, 3)  # beside the default, 0
 BUDGET = UnlearnConfig(batch_size=128, steps=1000, exact_steps=1100, augmented=False)  # a training is 1,100 steps
+PUBLISHED = LabelTraceConfig(length="largest", relative=0.5)
 BASE_SET = 1000  # samples that ibau is given
 BASE_SETS = ("base_clean", "base_random", "base_sifted")  # known to be clean, any, or by mean diluted loss
 OF_SIFTERS = BaselineConfig(network=NETWORK)
@@ -63,23 +64,18 @@ def ranked(score: np.ndarray, poison: np.ndarray) -> float:
     return round(metrics.average_precision(np.asarray(score, np.float64), poison), 4)
 
 
-def of_behind(found: Behind, config: LabelTraceConfig, poison: np.ndarray, seconds: float) -> dict[str, Any]:
-    """Return how well the samples were ranked and chosen, beside what the given queries alone say."""
-    counts, influence = found.asked.counts, found.asked.influence
-    least = config.transforms
+def of_asked(found: Traced, poison: np.ndarray) -> dict[str, Any]:
+    """Return what the given queries say without echoes: by the paper's rule, the relative score, influence alone."""
+    counts, influence = found.counts, found.influence
     out: dict[str, Any] = {
-        "traced": figures(found.traced, poison),
-        "ap": ranked(found.score, poison),
-        "asked_ap": ranked(found.asked.score, poison),
-        "asked_half": figures(found.asked.score >= 0.5, poison),
+        "relative_ap": ranked(found.score, poison),
+        "relative_half": figures(found.score >= 0.5, poison),
         "count_ap": ranked(counts.mean(axis=0), poison),
         "influence_ap": ranked(influence.mean(axis=0), poison),
-        "positive": figures(influence.mean(axis=0) > 0, poison),
-        "always_positive": figures(((influence > 0).sum(axis=0) >= max(1, len(influence) - 1)), poison),
-        "cpu_s": round(seconds, 1),
+        "positive": figures((influence > 0).sum(axis=0) >= max(1, len(influence) - 1), poison),
     }
     for tolerated in TOLERATED:
-        out[f"count_{tolerated}"] = figures(counts.min(axis=0) >= least - tolerated, poison)
+        out[f"count_{tolerated}"] = figures(counts.min(axis=0) >= PUBLISHED.transforms - tolerated, poison)
     return out
 
 
@@ -92,36 +88,44 @@ def trace_cell(job: tuple[Cell, Path, Path]) -> dict[str, Any]:
     line: dict[str, Any] = {"part": "trace", "cell": asdict(cell), "poisoned": int(poison.sum())}
     line |= victim.measure(victim.net)
     taken = np.flatnonzero(guess(victim.net, victim.asked[0]) == TARGET)
-    masks: dict[str, np.ndarray] = {}
     if not len(taken):
         return {**line, "learned": False}
-    config, start = LabelTraceConfig(), time.process_time()
+    pictures, config, start = victim.asked[0][taken], LabelTraceConfig(), time.process_time()
     curvature = fit_curvature(victim.net, samples, config)
     line |= {"learned": True, "curvature_cpu_s": round(time.process_time() - start, 1)}
-    ask = partial(trace, victim.net, samples, says=TARGET, curvature=curvature)
-    ways: dict[str, Callable[[], Behind]] = {}
+    start = time.process_time()
+    found = trace(victim.net, samples, pictures[:1], TARGET, config=config, curvature=curvature)
+    line["traced"] = figures(found.traced, poison) | {
+        "ap": ranked(found.score, poison),
+        "cutoff": round(found.cutoff, 4),
+    }
+    line["traced"] |= {"echoes_right": round(float(poison[found.echoes].mean()), 4)} if len(found.echoes) else {}
+    line["traced"] |= {"cpu_s": round(time.process_time() - start, 1)}
+    start = time.process_time()
+    asked = asked_of(victim, pictures[: max(QUERIES)], curvature)
+    line["asked_cpu_s"] = round(time.process_time() - start, 1)
     for queries in QUERIES:
-        if len(taken) >= queries:
-            ways[f"queries_{queries}"] = partial(ask, victim.asked[0][taken[:queries]], config=config)
-    alone = config.model_copy(update={"rounds": 0, "length": "largest"})
-    for change in ("label", "picture"):
-        ways[change] = partial(ask, victim.asked[0][taken[:1]], config=alone, change=change)
+        if len(asked) >= queries:
+            line[f"queries_{queries}"] = of_asked(judge(asked[:queries], PUBLISHED), poison)
     for tau in TAUS:
-        few = alone.model_copy(update={"threshold": tau})
-        ways[f"tau_{tau:g}"] = partial(ask, victim.asked[0][taken[:1]], config=few)
-    ways["published"] = partial(ask, victim.asked[0][taken[:1]], config=alone)
-    for name, way in ways.items():
-        start = time.process_time()
-        found = way()
-        line[name] = of_behind(found, config, poison, time.process_time() - start)
-        if name == "queries_1":
-            masks |= {"traced": found.traced, "count": found.asked.by_count, "positive": found.asked.influence[0] > 0}
+        line[f"tau_{tau:g}"] = of_asked(judge(asked[:1], PUBLISHED.model_copy(update={"threshold": tau})), poison)
+    for change in ("label", "picture"):
+        line[change] = of_asked(judge(asked_of(victim, pictures[:1], curvature, change), PUBLISHED), poison)
+    published = judge(asked[:1], PUBLISHED)
+    masks = {"traced": found.traced, "count": published.by_count, "positive": published.influence[0] > 0}
     if cell.corpus == "cifar10":
         for name, (score, mask) in others(cell, victim).items():
             line[name], masks[name] = figures(mask, poison) | {"ap": ranked(score, poison)}, mask
     for name, mask in masks.items():
         np.save(cache / cell.name / f"{name}.npy", mask)
     return line
+
+
+def asked_of(victim: Victim, pictures: np.ndarray, curvature: Factors, change: str = "both") -> list[np.ndarray]:
+    """Return the influence of all samples on pictures and their copies."""
+    return ask_classifier(
+        victim.net, samples_of(victim), pictures, TARGET, config=PUBLISHED, curvature=curvature, change=change
+    )
 
 
 def others(cell: Cell, victim: Victim) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -213,12 +217,11 @@ def row_of(line: dict[str, Any]) -> str:
     out.append(f"success {line['success']:.2f} accuracy {line['accuracy']:.3f}")
     if not line["learned"]:
         return " ".join([*out, "not learned"])
-    for queries in QUERIES:
-        if found := line.get(f"queries_{queries}"):
-            rules = f"{shown(found['traced'])} count {shown(found['count_1'])} {found['cpu_s']:.0f} s"
-            out.append(f"{queries}: AP {found['ap']:.2f} (asked {found['asked_ap']:.2f}) {rules}")
-    for name in ("published", "label", "picture"):
-        out.append(f"{name} {shown(line[name]['count_1'])} relative {shown(line[name]['asked_half'])}")
+    traced = line["traced"]
+    out.append(f"traced {shown(traced)} AP {traced['ap']:.2f} {traced['cpu_s']:.0f} s")
+    for name in (*(f"queries_{queries}" for queries in QUERIES), "label", "picture"):
+        if found := line.get(name):
+            out.append(f"{name} count {shown(found['count_1'])} relative {shown(found['relative_half'])}")
     out += [f"{name} {shown(line[name])}" for name in OTHERS if name in line]
     return " | ".join(out)
 

@@ -58,6 +58,31 @@ def fit_curvature(
     return fit_factors(Classifier(net), _Labelled(_pixels(samples), samples.labels), config, seed=seed)
 
 
+def ask_classifier(
+    net: nn.Module,
+    samples: Labelled,
+    pictures: UInt8[np.ndarray, "q h w 3"],
+    says: int,
+    *,
+    config: LabelTraceConfig,
+    curvature: Factors,
+    rows: Int64[np.ndarray, " m"] | None = None,
+    change: str = "both",
+    seed: int = 0,
+) -> list[Float32[np.ndarray, "l b m"]]:
+    """Return the influence of samples on each picture and its changed copies, for `judge`; as `trace`, unchecked.
+
+    change: `both`, or for comparison what `queries_of` has besides.
+    """
+    pixels = _pixels(samples)
+    classes = int(_judged(net, pixels.like(pictures[:1])).shape[1])
+    copies = []
+    for number, picture in enumerate(pictures):
+        changed, said = queries_of(picture, says, classes, config, seed=seed + number, change=change)
+        copies.append(_Labelled(pixels.like(changed), torch.from_numpy(said).to(pixels.device)))
+    return ask(Classifier(net), curvature, copies, _Labelled(pixels, samples.labels), config, rows=rows)
+
+
 def trace(
     net: nn.Module,
     samples: Labelled,
@@ -67,7 +92,6 @@ def trace(
     config: LabelTraceConfig | None = None,
     curvature: Factors | None = None,
     rows: Int64[np.ndarray, " m"] | None = None,
-    change: str = "both",
     seed: int = 0,
 ) -> Behind:
     """Return the training samples behind a classifier's saying `says` of some pictures.
@@ -81,7 +105,6 @@ def trace(
         pictures: of the size of the samples'; the network takes each of them for `says`.
         curvature: of `fit_curvature`, where several traces share it.
         rows: candidates; None: all samples.
-        change: `both`, or for comparison what `queries_of` has besides.
 
     Raises:
         ValueError: a picture that the network does not take for `says`, no such label, no candidates, shapes that do
@@ -91,18 +114,15 @@ def trace(
     config = config or LabelTraceConfig()
     pixels = _pixels(samples)
     candidates = np.arange(len(samples)) if rows is None else rows
-    subject, data = Classifier(net), _Labelled(pixels, samples.labels)
     _check(net, pixels, pictures, says, candidates)
-    queries_at_once(subject, config)
-    curvature = fit_factors(subject, data, config, seed=seed) if curvature is None else curvature
-    classes = int(_judged(net, pixels.like(pictures)).shape[1])
+    queries_at_once(Classifier(net), config)
+    curvature = fit_curvature(net, samples, config, seed=seed) if curvature is None else curvature
 
     def asked_of(queries: UInt8[np.ndarray, "q h w 3"], first: int) -> Traced:
-        copies = []
-        for number, picture in enumerate(queries, first):
-            changed, said = queries_of(picture, says, classes, config, seed=seed + number, change=change)
-            copies.append(_Labelled(pixels.like(changed), torch.from_numpy(said).to(pixels.device)))
-        return judge(ask(subject, curvature, copies, data, config, rows=candidates), config)
+        found = ask_classifier(
+            net, samples, queries, says, config=config, curvature=curvature, rows=rows, seed=seed + first
+        )
+        return judge(found, config)
 
     asked = asked_of(pictures, 0)
     score, echoes = asked.score, np.empty(0, np.int64)
