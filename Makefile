@@ -6,7 +6,7 @@ STAMP := $(VENV)/.ready
 EXTRAS := cpu,train,influence,s3,test
 OUT ?= demo-out
 
-.PHONY: setup demo test slow check fuzz coverage constraints clean
+.PHONY: setup demo test slow check fuzz notebooks coverage constraints clean
 
 setup: $(STAMP)
 
@@ -41,6 +41,9 @@ check: setup
 fuzz: setup
 	.uv/bin/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt --editable '.[fuzz]'
 	$(BIN)/python benchmarks/fuzz.py
+
+notebooks: setup
+	$(BIN)/python examples/execute.py
 
 coverage: setup
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
