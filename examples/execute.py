@@ -24,7 +24,8 @@ def execute(notebook: Path, folder: Path) -> Any:
         CellExecutionError: in a cell.
     """
     nb = nbformat.read(notebook, as_version=4)
-    NotebookClient(nb, timeout=TIMEOUT_S, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    place = {"metadata": {"path": str(folder)}}
+    NotebookClient(nb, timeout=TIMEOUT_S, kernel_name="python3", resources=place).execute()
     for cell in nb.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
