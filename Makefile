@@ -48,9 +48,12 @@ notebooks: setup
 coverage: setup
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
 
-# Resolve afresh and write down what was chosen: name==version of every package, no address.
+# Resolve afresh and write down what was chosen: name==version of every package, no address. What only `gpu` needs,
+# which excludes `cpu`, goes to a file of its own.
+COMPILE := .uv/bin/uv pip compile --quiet --no-annotate --no-header --no-emit-index-url --no-emit-find-links --python-version 3.11 pyproject.toml
 constraints:
-	.uv/bin/uv pip compile --quiet --no-annotate --no-header --no-emit-index-url --no-emit-find-links --python-version 3.11 --extra cpu --extra train --extra influence --extra s3 --extra test --extra fuzz pyproject.toml -o constraints.txt
+	$(COMPILE) --extra cpu --extra train --extra influence --extra s3 --extra cluster --extra test --extra fuzz -o constraints.txt
+	$(COMPILE) --extra gpu --constraints constraints.txt | grep -vxFf constraints.txt > deploy/docker/constraints-gpu.txt
 
 clean:
 	rm -rf $(VENV) .uv .links build *.egg-info
