@@ -107,7 +107,7 @@ def clean(
     }
     settings = compose(config, set_, flags)
     console = Screen()
-    plan = make_plan(shards, out, settings)
+    plan = make_plan(shards, out, settings, sized=dry_run)
     if dry_run:
         render_plan(plan, console)
         return

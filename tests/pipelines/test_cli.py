@@ -87,6 +87,8 @@ def test_dry_run_prints_plan_and_settings_and_touches_nothing(monkeypatch, capsy
         "Poison rates up to 5.0% are covered",
         "value: 0.02",
         "not known before",
+        "by the beginning of a shard",
+        "of object store",
     ):
         assert words in printed
     assert not out.exists()
