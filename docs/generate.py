@@ -1,4 +1,4 @@
-"""Write the generated references: docs/cli.md, docs/schema.md, docs/scores.md, docs/settings.md, and the module table.
+"""Write the generated references: pages of docs/, the table of modules, and the one of sizes in deploy/README.md.
 
 `python docs/generate.py` writes them; `--check` exits with 1 and names those that are out of date.
 """
@@ -114,8 +114,59 @@ def module_table() -> str:
     return "\n".join(lines)
 
 
+def sizing_table() -> str:
+    """What runs of several sizes need, from `pipelines/sizing.py` with default settings."""
+    from tarsift.clip_detect.suspicion import SuspicionConfig
+    from tarsift.pipelines import sizing
+    from tarsift.pipelines.text import duration, size
+
+    rule = SuspicionConfig()
+    searched = sizing.searched_rows(
+        reference_size=rule.reference_size, banks=rule.banks, pool_size=rule.pool_size, candidates=rule.candidates
+    )
+    lines = []
+    for samples, name, cluster in (
+        (50_000, "tiny", sizing.Cluster(1, 2)),
+        (3_300_000, "tiny", sizing.Cluster(1, 32)),
+        (3_300_000, "RN50", sizing.Cluster(4, 64)),
+        (3_300_000, "RN50", sizing.Cluster(1, 16, 1, "L4")),
+        (3_300_000, "ViT-B-32", sizing.Cluster(4, 16, 1, "L4")),
+        (12_000_000, "ViT-B-32", sizing.Cluster(4, 32, 1, "A100")),
+        (12_000_000, "ViT-L-14", sizing.Cluster(8, 32, 1, "A100")),
+        (100_000_000, "ViT-L-14", sizing.Cluster(16, 96, 4, "H100")),
+    ):
+        encoder = sizing.TINY if name == "tiny" else sizing.ENCODERS[name]
+        cpu = sizing.cpu_seconds(samples, width=encoder.width, searched=searched)
+        gpu_s, cpus, gpus = 0.0, cluster.nodes * cluster.cpus, cluster.nodes * cluster.gpus
+        if cluster.gpu:
+            gpu_s = sizing.gpu_seconds(samples, encoder.gflop, sizing.GPUS[cluster.gpu])
+        else:
+            more = sizing.encode_cpu_seconds(samples, encoder.gflop)
+            cpu = sizing.Span(cpu.low + more, cpu.high + more)
+        time = sizing.elapsed_seconds(samples, cpu, cpus, gpu_s=gpu_s, gpus=gpus)
+        actors = cluster.gpus or cluster.cpus
+        memory = sizing.memory_bytes(cluster.cpus, encoders=actors, mparams=encoder.mparams, on_gpu=bool(gpus))
+        store = sizing.object_store_bytes(cluster.cpus, encoders=actors, image_size=encoder.image_size)
+        cells = (
+            f"{samples:,}",
+            f"{name}, {encoder.width}",
+            f"{cluster.nodes} × {cluster.cpus} CPUs" + (f", {cluster.gpus} {cluster.gpu}" if cluster.gpu else ""),
+            f"{cpu.low / 3600:,.1f} to {cpu.high / 3600:,.1f}",
+            f"{gpu_s / 3600:,.1f}" if cluster.gpu else "–",
+            size(memory),
+            size(store),
+            size(sizing.result_bytes(samples, 2 * 2 * encoder.width)),
+            f"{duration(time.low)} to {duration(time.high)}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def pages() -> dict[Path, str]:
     """Path and wanted content of every generated file."""
+    deploy = ROOT / "deploy" / "README.md"
+    sizes = re.compile(r"(\| samples \| encoder, width \|[^\n]*\n[-|]*\n).*?(?=\n\n)", re.DOTALL)
+    sized = sizes.sub(lambda m: m.group(1) + sizing_table(), deploy.read_text())
     architecture = ROOT / "ARCHITECTURE.md"
     table = re.compile(r"(\| module \| what it is for \|\n\|---\|---\|\n).*?(?=\n\n)", re.DOTALL)
     text = table.sub(lambda m: m.group(1) + module_table(), architecture.read_text())
@@ -125,6 +176,7 @@ def pages() -> dict[Path, str]:
         ROOT / "docs" / "settings.md": settings_page(),
         ROOT / "docs" / "cli.md": cli_page(),
         architecture: text,
+        deploy: sized,
     }
 
 
