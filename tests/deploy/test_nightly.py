@@ -85,7 +85,7 @@ def kubernetes(tmp_path):
 
     (tmp_path / "token").write_text("of-the-pod\n")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     state.url, state.account = f"http://127.0.0.1:{server.server_port}", tmp_path
     yield state
     server.shutdown()
