@@ -20,9 +20,10 @@ NODES = ["node7", "node8", "node9"]
 # A step runs until it is ended; whatever happens is a line of the log.
 STUBS = {
     "srun": """#!/bin/bash
+sleep 300 >/dev/null 2>&1 &
+trap 'echo "ended $$" >> "$LOG"; kill %1; exit 143' TERM
 echo "srun $$ token=${RAY_AUTH_TOKEN:0:8} mode=$RAY_AUTH_MODE $*" >> "$LOG"
-trap 'echo "ended $$" >> "$LOG"; exit 143' TERM
-while :; do sleep 0.05; done
+wait
 """,
     "scontrol": """#!/bin/bash
 echo "scontrol $*" >> "$LOG"
@@ -30,28 +31,32 @@ echo "scontrol $*" >> "$LOG"
 """,
     "hostname": "#!/bin/bash\necho '10.0.0.7 172.17.0.1 '\n",
     "tarsift": """#!/bin/bash
+sleep "$HANGS" >/dev/null 2>&1 &
+trap 'sleep 0.2; echo "tarsift asked to stop" >> "$LOG"; kill %1; exit 75' TERM
 echo "tarsift address=$RAY_ADDRESS $*" >> "$LOG"
-trap 'sleep 0.2; echo "tarsift asked to stop" >> "$LOG"; exit 75' TERM
-[ -z "$HANGS" ] || while :; do sleep 0.05; done
+wait
 exit "$CODE"
 """,
 }
-# What `wait_for` needs of Ray: it answers from the second time on, and nodes come one by one.
+# What `wait_for` needs of Ray: it answers once a head runs, and has the nodes that run, NODES at most.
 RAY = """
 import os
-state = {"asked": 0, "there": False, "nodes": 0}
+import time
+_sleep = time.sleep
+time.sleep = lambda seconds: _sleep(seconds / 100)
+there = False
+def steps():
+    return [line for line in open(os.environ["LOG"]) if line.startswith("srun ")]
 def is_initialized():
-    return state["there"]
+    return there
 def init(log_to_driver):
+    global there
     assert os.environ["RAY_ADDRESS"]
-    state["asked"] += 1
-    if os.environ.get("HEAD") == "lost" or state["asked"] < 2:
+    if os.environ.get("HEAD") == "lost" or not any("--head" in step for step in steps()):
         raise ConnectionError("nothing there")
-    state["there"] = True
+    there = True
 def nodes():
-    state["nodes"] += 1
-    few = int(os.environ.get("NODES", 3))
-    return [{"Alive": True}] * min(few, state["nodes"]) + [{"Alive": False}]
+    return [{"Alive": True}] * min(int(os.environ.get("NODES", 3)), len(steps())) + [{"Alive": False}]
 """
 
 
@@ -65,11 +70,9 @@ class Run:
         for name, text in STUBS.items():
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
-        (programs / "python").symlink_to(sys.executable)
-        # Seconds of waiting are hundredths here.
-        (modules / "ray.py").write_text(
-            RAY + "import time\n_sleep = time.sleep\ntime.sleep = lambda s: _sleep(s / 100)\n"
-        )
+        (programs / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # starts faster
+        (programs / "python").chmod(0o755)
+        (modules / "ray.py").write_text(RAY)
         self.log = folder / "log"
         self.log.write_text("")
         variables = {
@@ -78,8 +81,8 @@ class Run:
             "PYTHONPATH": str(modules),
             "LOG": str(self.log),
             "CODE": "0",
-            "HANGS": "",
-            "NODES_WAIT_S": "5",
+            "HANGS": "0",
+            "NODES_WAIT_S": "60",
             "SLURM_JOB_ID": "4711",
             "SLURM_JOB_NODELIST": "node[7-9]",
             "SLURM_CPUS_PER_TASK": "16",
@@ -119,6 +122,7 @@ def test_it_starts_a_head_and_workers_runs_the_command_and_ends_what_it_started(
         bystander.kill()
     assert code == 0, printed
     head, *workers = steps(lines)
+    workers.sort(key=lambda step: re.findall(r"--nodelist=\w+", step))  # they start side by side
     for step, node in zip([head, *workers], NODES, strict=True):
         words = step.split()
         assert f"--nodelist={node}" in words
@@ -133,7 +137,8 @@ def test_it_starts_a_head_and_workers_runs_the_command_and_ends_what_it_started(
     assert all_ended(lines)
     (command,) = [line for line in lines if line.startswith("tarsift ")]
     assert command.startswith(f"tarsift address=10.0.0.7:{port} clean s3://bucket/cc3m/{{00000..00331}}.tar --encoder ")
-    assert lines.index(command) == lines.index(workers[-1]) + 1
+    assert all(lines.index(step) < lines.index(command) for step in [head, *workers])
+    assert all(lines.index(line) > lines.index(command) for line in lines if line.startswith("ended "))
     assert "3 of 3 nodes" in printed
     assert not [line for line in lines if line.startswith("scontrol requeue")]
 
@@ -181,7 +186,7 @@ def test_75_does_not_go_back_for_ever(tmp_path):
 
 def test_when_time_is_up_the_command_is_asked_to_stop_first(tmp_path):
     """Slurm's `--signal=B:TERM@300` reaches the script alone."""
-    run = Run(tmp_path, HANGS="yes")
+    run = Run(tmp_path, HANGS="300")
     run.until("tarsift address")
     run.process.send_signal(signal.SIGTERM)
     code, lines, printed = run.end()
@@ -195,7 +200,6 @@ def test_when_time_is_up_the_command_is_asked_to_stop_first(tmp_path):
 def test_asked_to_stop_while_nodes_are_waited_for(tmp_path):
     run = Run(tmp_path, NODES="0", NODES_WAIT_S="60")
     run.until("srun ")
-    time.sleep(0.3)
     run.process.send_signal(signal.SIGTERM)
     code, lines, _ = run.end(within_s=30)  # what waits for nodes would have kept the output open for a minute
     assert code == 75
@@ -214,7 +218,7 @@ def test_a_head_that_does_not_come_up(tmp_path):
 
 
 def test_it_goes_on_with_the_nodes_that_came(tmp_path):
-    code, lines, printed = Run(tmp_path, NODES="2", NODES_WAIT_S="0.5").end()
+    code, lines, printed = Run(tmp_path, NODES="2", NODES_WAIT_S="3").end()
     assert code == 0
     assert "2 of 3 nodes" in printed
     assert [line for line in lines if line.startswith("tarsift ")]

@@ -10,6 +10,7 @@ from tarsift.pipelines.config import load_config
 from tarsift.pipelines.plan import make_plan
 
 RESULTS = (Path(__file__).resolve().parents[2] / "benchmarks" / "RESULTS.md").read_text()
+DEPLOY = (Path(__file__).resolve().parents[2] / "deploy" / "README.md").read_text()
 DEFAULT = sizing.searched_rows(reference_size=2048, banks=4, pool_size=4096, candidates=20480)
 
 
@@ -62,6 +63,7 @@ def test_the_measured_runs_lie_in_what_the_model_says():
     # (RESULTS.md, "Real dumps"). It takes less than the model says, but more than half of it.
     span = sizing.elapsed_seconds(50_000, sizing.cpu_seconds(50_000, width=64, searched=DEFAULT), cpus=2)
     assert 106 < span.low < 2 * 106
+    assert f"in 106 and 108 s) it says {span.low:.0f} to {span.high:.0f} s" in DEPLOY
 
 
 def test_by_hand():
