@@ -277,6 +277,21 @@ def reopen_run(
     return Run(out, [Shard(**item) for item in file.content["inputs"]], config, file, progress)
 
 
+def reopen_judged(out: str) -> Run:
+    """Take up a result folder for those who go by its verdicts.
+
+    Raises:
+        UsageError: if it is no result folder, not yet flagged, or its verdicts are out of date.
+    """
+    run = reopen_run(out)
+    run.complete("flag")
+    if "flag" in run.stale_passes():
+        raise UsageError(
+            f"the verdicts of {run.out} are out of date: it was scored anew. Run `tarsift flag {run.out}` first."
+        )
+    return run
+
+
 def refuse_setting(name: str, redo: str) -> None:
     """Refuse a setting that has no effect on a pass that is redone.
 

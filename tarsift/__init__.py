@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tarsift.pipelines.pretrain import pretrain
     from tarsift.pipelines.reading import read_shards
     from tarsift.pipelines.repair import repair
+    from tarsift.pipelines.skipping import drop_flagged, skip_flagged
     from tarsift.pipelines.trace import trace
     from tarsift.pipelines.verify import verify
 
@@ -43,6 +44,8 @@ _HOMES = {
     "poison": "pipelines.poison",
     "pretrain": "pipelines.pretrain",
     "repair": "pipelines.repair",
+    "drop_flagged": "pipelines.skipping",
+    "skip_flagged": "pipelines.skipping",
     "trace": "pipelines.trace",
     "verify": "pipelines.verify",
 }
@@ -55,6 +58,7 @@ __all__ = [
     "ReadShard",
     "audit",
     "clean",
+    "drop_flagged",
     "evaluate",
     "list_shards",
     "load_config",
@@ -62,6 +66,7 @@ __all__ = [
     "pretrain",
     "read_shards",
     "repair",
+    "skip_flagged",
     "suspicion",
     "trace",
     "verify",

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import subprocess
 import tarfile
@@ -86,12 +87,46 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def cleaned(tmp_path_factory, ray_session):
+    """A folder with `dump`, of 3 shards in two folders and with uids as DataComp has them, and `out`: its `clean`."""
+    from tarsift.pipelines.clean import clean
+    from tarsift.pipelines.config import load_config
+
+    folder = tmp_path_factory.mktemp("cleaned")
+    rng = np.random.default_rng(5)
+    for s, name in enumerate(("a/00000.tar", "a/00001.tar.gz", "b/00002.tar")):
+        rows = []
+        for i in range(60):
+            uid = hashlib.sha256(f"{s} {i}".encode()).hexdigest()[:32]
+            caption = f'a "photo" of a {COLOURS[i % len(COLOURS)]} thing, number {i % 7}\n<script>'.encode()
+            rows.append({"jpg": picture(rng), "txt": caption, "json": json.dumps({"uid": uid}).encode()})
+        rows[2]["jpg"] = b"<html>404</html>"
+        del rows[4]["txt"]
+        (folder / "dump" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_shard(folder / "dump" / name, rows, first=60 * s, mode="w:gz" if name.endswith("gz") else "w")
+    with tarfile.open(folder / "dump" / "b" / "00002.tar", "a", format=tarfile.USTAR_FORMAT) as tar:
+        for extension, data in (("jpg", picture(rng)), ("txt", b"again")):
+            member = tarfile.TarInfo(f"{120:09d}.{extension}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    own = make_encoder(folder / "enc.pt", folder / "dump")
+    small = [
+        "suspicion.published_ks=[8]",
+        "suspicion.reference_size=64",
+        f"encoders.detect.spec={own}",
+        "flag.value=0.1",
+    ]
+    clean(str(folder / "dump"), str(folder / "out"), config=load_config(settings=small))
+    return folder
+
+
 def make_encoder(path, dump=None, *, seed: int = 0) -> str:
     """Write a small encoder with random weights, said to be trained on a dump: enough for all but detection."""
     from tarsift.operators.checkpoints import save_checkpoint
     from tarsift.operators.models import build_model, model_config
 
-    shards = {} if dump is None else {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in dump.iterdir()}
+    shards = {} if dump is None else {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in dump.rglob("*.tar*")}
     model = build_model("tiny", seed=seed)
     save_checkpoint(path, model, config=model_config("tiny"), shards=shards, steps=0, samples=0, seed=seed)
     return str(path)
