@@ -106,6 +106,16 @@ def print_selection(selection: Any, console: Console) -> None:
         console.print(f"{name:12} {text}", highlight=False, markup=False, soft_wrap=True)
 
 
+def print_export(done: Any, console: Console) -> None:
+    """Say what was written, how many samples are in it, and where it is."""
+    where = done.files[0] if len(done.files) == 1 else done.to
+    rows = {done.format: f"{done.samples:,} samples in {done.elapsed_s:.0f} s   {where}"}
+    if done.left_out:
+        rows["left out"] = ", ".join(f"{count:,} {why}" for why, count in done.left_out.items())
+    for name, text in rows.items():
+        console.print(f"{name:14} {text}", highlight=False, markup=False, soft_wrap=True)
+
+
 def print_audit(audit: Any, console: Console) -> None:
     """Say whether a dump is whole and, where it is not, what is wrong and where."""
     from tarsift.operators.audit import PROBLEMS

@@ -71,6 +71,11 @@ def shard_outputs(shard: str, out: str) -> dict[str, str]:
     return {home: storage.join(out, home, f"{shard}.tar") for home in HOMES}
 
 
+def sizes_url(clean: str, folder: str) -> str:
+    """Return the URL of the list of how many samples the shards of a folder below clean/ hold."""
+    return storage.join(clean, *filter(None, [folder]), "sizes.json")
+
+
 def write_pass(
     shards: Sequence[Shard],
     out: str,
@@ -84,6 +89,8 @@ def write_pass(
     ledger = Ledger(out, "write", fingerprint)
     entries = ledger.begin([s.name for s in shards])
     todo = [s for s in shards if s.name not in entries]
+    for folder in {shard.name.rpartition("/")[0] for shard in todo}:
+        storage.remove(sizes_url(storage.join(out, "clean"), folder))  # of an export, about shards that are replaced
     done: list[str] = []
     samples = 0
     progress(Event("write", len(entries), len(shards)))

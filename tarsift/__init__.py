@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tarsift.pipelines.clean import clean
     from tarsift.pipelines.config import CleanConfig, load_config
     from tarsift.pipelines.evaluate import evaluate
+    from tarsift.pipelines.export import export
     from tarsift.pipelines.poison import poison
     from tarsift.pipelines.pretrain import pretrain
     from tarsift.pipelines.reading import read_shards
@@ -41,6 +42,7 @@ _HOMES = {
     "load_config": "pipelines.config",
     "read_shards": "pipelines.reading",
     "evaluate": "pipelines.evaluate",
+    "export": "pipelines.export",
     "poison": "pipelines.poison",
     "pretrain": "pipelines.pretrain",
     "repair": "pipelines.repair",
@@ -60,6 +62,7 @@ __all__ = [
     "clean",
     "drop_flagged",
     "evaluate",
+    "export",
     "list_shards",
     "load_config",
     "poison",

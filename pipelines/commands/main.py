@@ -1,4 +1,4 @@
-"""The main job and what is asked of its result: clean, audit, select, verify, status, demo."""
+"""The main job and what is asked of its result: clean, audit, select, verify, status, export, demo."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ from tarsift.pipelines.printing import (
     answer,
     print_audit,
     print_demo,
+    print_export,
     print_proof,
     print_result,
     print_selection,
@@ -185,6 +186,49 @@ def status(out: OutFolder, json_: AsJson = False) -> None:
 
     found = recipe(out)
     answer(found.model_dump(mode="json"), lambda console: print_status(found, console), as_json=json_)
+
+
+@commands.command(rich_help_panel=MAIN)
+def export(
+    out: OutFolder,
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            show_default=False,
+            help="datacomp (sorted uids, .npy), clip-retrieval (folder of embeddings), fiftyone (folder), "
+            "datalab (.parquet or .csv) or sizes (for open_clip).",
+        ),
+    ],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE_OR_FOLDER", help="Local or a URL.", show_default="for sizes, beside the shards of clean/"
+        ),
+    ] = None,
+    which: Annotated[
+        str | None,
+        typer.Option(
+            metavar="kept|removed|errored|all", help="Samples.", show_default="kept; all for fiftyone and datalab"
+        ),
+    ] = None,
+    role: Annotated[
+        str | None,
+        typer.Option(
+            metavar="detect|witness|features", help="Encoder of the embeddings.", show_default="the first there is"
+        ),
+    ] = None,
+    images: Annotated[bool, typer.Option("--images", help="Write the pictures too (fiftyone).")] = False,
+    json_: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write verdicts, scores or embeddings in the format of another tool."""
+    from tarsift.pipelines.export import export as recipe
+
+    with shown_progress(quiet) as progress:
+        done = recipe(out, to, format=format_, which=which, role=role, images=images, progress=progress)
+    answer(done.to_json(), lambda console: print_export(done, console), as_json=json_, quiet=quiet)
 
 
 @commands.command(rich_help_panel=MAIN)
