@@ -15,6 +15,7 @@ from tarsift.operators.dilution import dilute
 from tarsift.operators.encoder_settings import EncoderConfig, EncoderInfo
 from tarsift.operators.errors import ChangedError, ConfigError, TarsiftError, UsageError
 from tarsift.operators.images import DecodeImages
+from tarsift.operators.imported import folder_of, imported_info, open_folder
 from tarsift.operators.models import LoadedEncoder, load_encoder
 from tarsift.operators.regime import Regime, encoder_regime
 from tarsift.operators.schema import append, as_table, fixed_size_list, matrix
@@ -32,11 +33,14 @@ __all__ = ["ClipEncoder", "EncoderConfig", "EncoderInfo", "Regime", "encoder_inf
 def encoder_info(spec: str) -> EncoderInfo:
     """Describe an encoder: it is loaded once on the CPU, for its digest and sizes, and let go.
 
+    Of `embeddings:FOLDER` only the folder is looked at; see `tarsift.operators.imported`.
+
     Raises:
         UsageError: if the model, the tag or the file does not exist, or they do not fit together.
         TarsiftError: if the file is damaged or holds more than tensors.
     """
-    return info_of(load_encoder(spec))
+    folder = folder_of(spec)
+    return info_of(load_encoder(spec)) if folder is None else imported_info(open_folder(folder))
 
 
 def info_of(encoder: LoadedEncoder) -> EncoderInfo:

@@ -16,7 +16,11 @@ class EncoderConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     spec: Annotated[
-        str, Field(description="enc.pt from `tarsift pretrain`, ARCHITECTURE:FILE, ARCHITECTURE:TAG or hf-hub:ORG/NAME")
+        str,
+        Field(
+            description="enc.pt from `tarsift pretrain`, ARCHITECTURE:FILE, ARCHITECTURE:TAG, hf-hub:ORG/NAME, or "
+            "embeddings:FOLDER, those that clip-retrieval made of the dump"
+        ),
     ]
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"],

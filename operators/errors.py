@@ -95,6 +95,7 @@ REASONS: dict[str, str] = {
     "scattered_sample": "members of an earlier sample, too far behind it to be joined",
     "unsupported_member": "a link, device or other member that is not a plain file",
     "truncated_member": "the shard ends inside this sample",
+    "no_embedding": "embeddings made elsewhere were given, and this sample has none among them",
 }
 
 # Reasons that leave the image usable: such a row is still embedded and scored.

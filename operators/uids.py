@@ -7,23 +7,22 @@ is listed once; and one that a sample which is not to be written has as well is 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from tarsift.operators.errors import UsageError
+from tarsift.operators.external_sort import KEY, RUN_ROWS, SortedRuns, by_key, starts_of_keys
 
 SUBSET = np.dtype("u8,u8")  # high and low half
-RUN_ROWS = 1 << 20
 
-_RECORD = np.dtype([("high", "u8"), ("low", "u8"), ("kept", "u8"), ("others", "u8")])  # the last two count samples
+_RECORD = np.dtype([*KEY, ("kept", "u8"), ("others", "u8")])  # the last two count samples
 _HEX = re.compile(r"[0-9a-fA-F]{32}")
 
 
 class SortedUids:
-    """Sorts uids on disk: an external merge sort.
+    """Sorts uids on disk.
 
     Args:
         folder: local, for what does not fit in memory.
@@ -31,10 +30,7 @@ class SortedUids:
     """
 
     def __init__(self, folder: str, *, run_rows: int = RUN_ROWS) -> None:
-        self._folder, self._run_rows = folder, run_rows
-        self._waiting: list[np.ndarray] = []
-        self._held = 0
-        self._runs: list[np.ndarray] = []
+        self._runs = SortedRuns(folder, _RECORD, combine=_counted, run_rows=run_rows)
         self.repeated = 0  # kept samples whose uid another one has, which is listed
         self.shared = 0  # kept samples whose uid a sample has that is not kept
 
@@ -62,23 +58,11 @@ class SortedUids:
                 listed[i] = number >= 0
             if listed[i]:
                 records[i] = (number >> 64, number & (2**64 - 1), keep, not keep)
-        self._waiting.append(records[listed])
-        self._held += int(listed.sum())
-        if self._held >= self._run_rows:
-            self._spill()
-
-    def _spill(self) -> None:
-        path = os.path.join(self._folder, f"{len(self._runs):06d}.npy")
-        np.save(path, _merged(self._waiting))
-        self._waiting, self._held = [], 0
-        self._runs.append(np.load(path, mmap_mode="r"))
+        self._runs.add(records[listed])
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Yield the uids to list, sorted and each once, as arrays (n,) of SUBSET."""
-        if self._waiting:
-            self._spill()
-        block = max(1024, self._run_rows // max(1, len(self._runs)))
-        for records in merge_runs(self._runs, block):
+        for records in self._runs.blocks():
             kept, safe = records["kept"] > 0, records["others"] == 0
             self.shared += int(records["kept"][~safe].sum())
             listed = records[kept & safe]
@@ -88,38 +72,12 @@ class SortedUids:
             yield out
 
 
-def merge_runs(runs: Sequence[np.ndarray], block: int) -> Iterator[np.ndarray]:
-    """Merge sorted arrays into blocks of records with a uid each; about `block` records of each are in memory."""
-    at = [0] * len(runs)
-    carried = np.empty(0, _RECORD)
-    while heads := [(i, run[at[i] : at[i] + block]) for i, run in enumerate(runs) if at[i] < len(run)]:
-        last = min((int(head["high"][-1]), int(head["low"][-1])) for _, head in heads)
-        taken = [carried]
-        for i, head in heads:
-            count = _count_up_to(head, *last)
-            taken.append(head[:count])
-            at[i] += count
-        merged = _merged(taken)
-        yield merged[:-1]
-        carried = merged[-1:]  # the runs may go on with its uid
-    yield carried
-
-
-def _count_up_to(records: np.ndarray, high: int, low: int) -> int:
-    above, same = records["high"] > np.uint64(high), records["high"] == np.uint64(high)
-    return len(records) - int((above | (same & (records["low"] > np.uint64(low)))).sum())
-
-
-def _merged(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Sort records by uid, and make one of those of one uid."""
-    records = np.concatenate(parts)
-    records = records[np.lexsort((records["low"], records["high"]))]
-    if not len(records):
-        return records
-    new = (records["high"][1:] != records["high"][:-1]) | (records["low"][1:] != records["low"][:-1])
-    starts = np.flatnonzero(np.concatenate([[True], new]))
+def _counted(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Put records together in order, and make one of those of one uid."""
+    records = by_key(parts)
+    starts = starts_of_keys(records)
     out = records[starts]
-    for name in ("kept", "others"):
+    for name in ("kept", "others") if len(records) else ():
         out[name] = np.add.reduceat(records[name], starts)
     return out
 

@@ -202,12 +202,13 @@ def _with_metadata(schema: pa.Schema, metadata: dict[str, str]) -> pa.Schema:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass did now (`done`), and the records of all its shards."""
+    """What a pass did now (`done`), the records of all its shards, and what else is to be known of it."""
 
     name: str
     done: list[str]
     entries: dict[str, dict[str, Any]]
     elapsed_s: float
+    about: dict[str, Any] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
@@ -224,6 +225,7 @@ class PassResult:
             "samples_done_last": done,
             "repeated_requests": repeated,
             "elapsed_s": round(self.elapsed_s, 3),
+            **self.about,
         }
 
 

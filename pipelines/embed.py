@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
 
 from tarsift.operators import storage
 from tarsift.operators.encoder_settings import EncoderInfo
-from tarsift.operators.errors import ChangedError
+from tarsift.operators.errors import ChangedError, TarsiftError, UsageError
+from tarsift.operators.flag import unscorable
+from tarsift.operators.imported import (
+    EmbeddingFolder,
+    ImportedEmbeddings,
+    folder_of,
+    imported_info,
+    index_is_there,
+    open_folder,
+    write_index,
+)
 from tarsift.operators.shards import Shard, list_shards
 from tarsift.operators.sides import FEATURES
 from tarsift.pipelines.commit import SINK_CPUS, PassResult, run_pass
 from tarsift.pipelines.config import CleanConfig, ResourcesConfig
 from tarsift.pipelines.ledger import Ledger, fingerprint, records_of
-from tarsift.pipelines.progress import Listener, silent
-from tarsift.pipelines.reading import read_pictures, shard_items
+from tarsift.pipelines.progress import Event, Listener, silent
+from tarsift.pipelines.reading import read_joined, read_pictures, shard_items
 from tarsift.pipelines.session import ACTOR_OPTIONS, map_tables, session
 
 # Ray fuses a stage into the one behind it when both ask for the same resources; reading and decoding
@@ -106,13 +117,17 @@ def embed_pass(
     from tarsift.operators.encoder import ClipEncoder, encoder_info
 
     encoder = config.encoders[role].model_copy(update={"threads": config.resources.threads})
-    info = encoder_info(encoder.spec)
+    imported = folder_of(encoder.spec)
+    given = None if imported is None else open_folder(imported)
+    info = encoder_info(encoder.spec) if given is None else imported_info(given)
     ledger = Ledger(out, f"embed.{role}", embed_fingerprint(config, role, info))
     if not replace:
         refuse_other_weights(ledger, info)
     resources = config.resources
 
     folder = f"embeddings/{role}"
+    if given is not None:
+        return _join_pass(given, info, ledger, shards, config, role, progress), ledger, info
 
     def stream(wave: list[Shard]) -> ray.data.Dataset:
         pictures = map_tables(
@@ -139,6 +154,77 @@ def embed_pass(
         progress=progress,
     )
     return result, ledger, info
+
+
+def _join_pass(
+    given: EmbeddingFolder,
+    info: EncoderInfo,
+    ledger: Ledger,
+    shards: Sequence[Shard],
+    config: CleanConfig,
+    role: str,
+    progress: Listener,
+) -> PassResult:
+    """Join embeddings that were made elsewhere to the samples of all shards that are not committed yet.
+
+    Raises:
+        UsageError: if there are none for a tower or for diluted views, two of one name, or none of any sample.
+    """
+    encoder, resources = config.encoders[role], config.resources
+    lacking = [tower for tower in encoder.towers if tower not in given.towers]
+    if lacking:
+        raise UsageError(
+            f"{given.url} has no {lacking[0]} embeddings: give a folder that has, or "
+            f"--set encoders.{role}.towers=[{', '.join(given.towers)}]."
+        )
+    if encoder.views:
+        raise UsageError(
+            f"{given.url} has no embeddings of diluted copies, which the encoder given as {role} is asked for: give "
+            f"one that encodes, or --set encoders.{role}.views=0 with a sifter that does without."
+        )
+    indexes = storage.join(ledger.out, "embeddings", ".index")
+    index = storage.join(indexes, f"{role}-{given.digest[:16]}")
+    if len(ledger.entries([shard.name for shard in shards])) < len(shards) and not index_is_there(index):
+        progress(Event(ledger.name, 0, len(shards), note="finding whose embeddings they are"))
+        write_index(given, index)
+    join = ImportedEmbeddings(given, index, towers=encoder.towers, store=encoder.store)
+
+    def stream(wave: list[Shard]) -> ray.data.Dataset:
+        return map_tables(shard_items(wave), read_joined, {"read": config.read, "join": join}, num_cpus=READ_CPUS)
+
+    result = run_pass(
+        ledger,
+        shards,
+        stream,
+        folder=f"embeddings/{role}",
+        metadata={"encoder": info.name, "weights_sha256": info.weights_sha256},
+        wave_shards=resources.wave_shards,
+        progress=progress,
+    )
+    storage.remove_tree(indexes)
+    return replace(result, about={"embeddings_of_no_sample": _left_over(given, result)})
+
+
+def _left_over(given: EmbeddingFolder, result: PassResult) -> int:
+    """Count the embeddings that no sample took.
+
+    Raises:
+        UsageError: if none was taken.
+        TarsiftError: if more were than there are.
+    """
+    lost = sum(n for entry in result.entries.values() for why, n in entry["errors"].items() if unscorable(why))
+    taken = result.samples - lost
+    if not taken and result.samples:
+        raise UsageError(
+            f"none of the {given.rows:,} embeddings in {given.url} is of a sample: by their {given.column} they "
+            "are of another dump."
+        )
+    if taken > given.rows:
+        raise TarsiftError(
+            f"{taken:,} samples took the {given.rows:,} embeddings in {given.url}: samples of several shards have the "
+            "same key, and nothing says whose an embedding is. Encode the dump, or give embeddings with uids."
+        )
+    return given.rows - taken
 
 
 def embed(

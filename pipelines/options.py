@@ -38,7 +38,8 @@ Encoder = Annotated[
     typer.Option(
         "--encoder", metavar="ROLE=MODEL", rich_help_panel=INPUT, show_default=False,
         help="detect=MODEL, a CLIP trained on this dump, witness=MODEL, one that never saw it, or both; features=MODEL "
-        "for sifters. MODEL: enc.pt of `pretrain`, RN50:/models/cc3m.pt, ViT-B-32:TAG or hf-hub:org/name.",
+        "for sifters. MODEL: enc.pt of `pretrain`, RN50:/models/cc3m.pt, ViT-B-32:TAG, hf-hub:org/name or "
+        "embeddings:FOLDER, made elsewhere by clip-retrieval.",
     ),
 ]  # fmt: skip
 ConfigFile = Annotated[

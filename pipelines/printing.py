@@ -48,6 +48,9 @@ def print_result(result: Any, console: Console) -> None:
     embed_rate = result.passes.get("embed.detect", {}).get("samples_per_s")
     if embed_rate:
         rows["embedded at"] = f"{embed_rate:,.0f} samples/s"
+    left_over = sum(figures.get("embeddings_of_no_sample", 0) for figures in result.passes.values())
+    if left_over:
+        rows["left over"] = f"{left_over:,} embeddings are of no sample"
     repeated = sum(figures.get("repeated_requests", 0) for figures in result.passes.values())
     if repeated:
         rows["store"] = f"{repeated:,} requests were tried again"

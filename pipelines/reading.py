@@ -13,6 +13,7 @@ from tarsift.operators import storage
 from tarsift.operators.decoding import ImageConfig
 from tarsift.operators.encoder_settings import EncoderInfo
 from tarsift.operators.images import DecodeImages, hash_images
+from tarsift.operators.imported import ImportedEmbeddings
 from tarsift.operators.isolation import HANG_IMAGES, killed_after
 from tarsift.operators.shards import ReadConfig, ReadShard, Shard, list_shards
 from tarsift.pipelines.commit import parts_of
@@ -60,6 +61,14 @@ def shards_of(items: pa.Table) -> list[Shard]:
 def _read(items: pa.Table, *, config: ReadConfig) -> Iterator[pa.Table]:
     for shard in shards_of(items):
         yield from ReadShard(config)(shard)
+
+
+def read_joined(items: pa.Table, *, read: ReadConfig, join: ImportedEmbeddings) -> Iterator[pa.Table]:
+    """Read and hash shards, and join embeddings to their samples; each ends with its end-of-shard row."""
+    source = ReadShard(read, receipts=True)
+    for shard in shards_of(items):
+        for table in source(shard):
+            yield join(hash_images(table))
 
 
 def read_pictures(

@@ -70,7 +70,10 @@ def embed(
             recipe.embed_step(run)
     for role in run.roles:
         figures = run.content["passes"][embed_name(role)]
-        say(f"{figures['samples']:,} samples of {figures['shards']} shards embedded in {out}/embeddings/{role}", quiet)
+        left_over = figures.get("embeddings_of_no_sample", 0)
+        more = f"; {left_over:,} embeddings are of no sample" if left_over else ""
+        samples = f"{figures['samples']:,} samples of {figures['shards']} shards"
+        say(f"{samples} embedded in {out}/embeddings/{role}{more}", quiet)
 
 
 def _redo(out: str, steps: list[str], changes: dict[str, Any], settings: list[str] | None, quiet: bool) -> Any:
