@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,6 +31,7 @@ from tarsift.operators.schema import append, fixed_size_list, set_error
 PREFIX = "embeddings:"
 NO_EMBEDDING = "no_embedding"
 HEAD_BYTES = 64 << 10  # of each file that the digest covers
+MAX_NAME_BYTES = 4096
 
 _KINDS: dict[Tower, str] = {"image": "img_emb", "text": "text_emb"}
 _RECORD = np.dtype([*KEY, ("partition", "u4"), ("row", "u4")])
@@ -130,12 +131,39 @@ def _numbered(url: str, kind: str) -> dict[str, str]:
 
 
 def _look_at(url: str) -> tuple[int, set[str]]:
+    """Return the number of rows of a Parquet file, and its columns of text.
+
+    No others are read: of the types that Ray registers in pyarrow one is a pickle.
+    """
     with storage.open_read(url) as file:
         try:
-            about = pq.read_metadata(file)
+            parquet = pq.ParquetFile(file)
+            kinds = [(field.name, field.type) for field in parquet.schema_arrow]
         except pa.ArrowException as error:
             raise UsageError(f"{url} is no Parquet file: {error}") from None
-        return about.num_rows, set(about.schema.names)
+        text = {name for name, kind in kinds if pa.types.is_string(kind) or pa.types.is_large_string(kind)}
+        names = [name for name, _ in kinds]
+        return parquet.metadata.num_rows, {name for name in text if names.count(name) == 1}
+
+
+def _names_in(url: str, column: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield which rows of some metadata have a name, and the halves of its digest, batch by batch.
+
+    Text is read as dictionaries: a file of some kilobytes may say a megabyte of text a million times.
+
+    Raises:
+        UsageError: if a name is longer than any.
+    """
+    with storage.open_read(url) as file:
+        for batch in pq.ParquetFile(file, read_dictionary=[column]).iter_batches(batch_size=8192, columns=[column]):
+            names = batch.column(0)
+            longest = max(map(len, names.dictionary.cast(pa.large_binary()).to_pylist()), default=0)
+            if longest > MAX_NAME_BYTES:
+                raise UsageError(f"the {column} in {url} holds a text of {longest:,} bytes, over {MAX_NAME_BYTES:,}.")
+            high, low = digests_of(names.dictionary.to_pylist())
+            of = names.indices.fill_null(0).to_numpy(zero_copy_only=False)
+            nothing = np.zeros(len(names), np.uint64)
+            yield np.asarray(names.is_valid()), high[of] if len(high) else nothing, low[of] if len(low) else nothing
 
 
 def _take_in(digest: Any, name: str, url: str, *, last: bool = False) -> None:
@@ -156,27 +184,24 @@ def write_index(folder: EmbeddingFolder, to: str) -> None:
         runs = SortedRuns(spilled, _RECORD)
         for i, partition in enumerate(folder.partitions):
             row = 0
-            with storage.open_read(partition.metadata) as file:
-                for batch in pq.ParquetFile(file).iter_batches(batch_size=8192, columns=[folder.column]):
-                    names = batch.column(0).to_pylist()
-                    records = np.zeros(len(names), _RECORD)
-                    records["high"], records["low"] = digests_of("" if n is None else str(n) for n in names)
-                    records["partition"], records["row"] = i, np.arange(row, row + len(names))
-                    row += len(names)
-                    runs.add(records[np.array([name is not None for name in names], bool)])
-        high = NpyFile(
-            storage.join(to, "high.npy"), np.dtype("u8"), (), stack
-        )  # closed, and so there, after the others
-        low = NpyFile(storage.join(to, "low.npy"), np.dtype("u8"), (), stack)
-        place = NpyFile(storage.join(to, "place.npy"), np.dtype("u4"), (2,), stack)
+            for there, high, low in _names_in(partition.metadata, folder.column):
+                records = np.zeros(len(there), _RECORD)
+                records["high"], records["low"], records["partition"] = high, low, i
+                records["row"] = np.arange(row, row + len(there))
+                row += len(there)
+                runs.add(records[there])
+        # The first is closed last: where it is, the others are.
+        highs = NpyFile(storage.join(to, "high.npy"), np.dtype("u8"), (), stack)
+        lows = NpyFile(storage.join(to, "low.npy"), np.dtype("u8"), (), stack)
+        places = NpyFile(storage.join(to, "place.npy"), np.dtype("u4"), (2,), stack)
         before = np.empty(0, _RECORD)
         for block in runs.blocks():
             joined = np.concatenate([before, block])
             if len(starts_of_keys(joined)) < len(joined):
                 raise UsageError(_repeated(folder, joined))
-            high.add(block["high"])
-            low.add(block["low"])
-            place.add(np.stack([block["partition"], block["row"]], axis=1))
+            highs.add(block["high"])
+            lows.add(block["low"])
+            places.add(np.stack([block["partition"], block["row"]], axis=1))
             before = joined[-1:]
 
 

@@ -156,7 +156,8 @@ def export(
     start = time.monotonic()
     chosen = FORMATS.get(format)
     if chosen is None:
-        raise UsageError(f"there is no format {format!r}; the formats are {', '.join(FORMATS)}.")
+        known = "; ".join(f"{name}: {known.what}" for name, known in FORMATS.items())
+        raise UsageError(f"there is no format {format!r}. {known}.")
     which = which or chosen.which
     if which not in WHICH:
         raise UsageError(f"there are no samples {which!r}; give one of {', '.join(WHICH)}.")
@@ -203,7 +204,7 @@ def datacomp(job: Job) -> None:
             sink.add(block)
         job.written = sink.rows
     job.files.append(job.to)
-    job.left_out = Counter({"uid of another kept sample": uids.repeated, "uid of a sample not kept": uids.shared})
+    job.left_out = Counter({"with the uid of another": uids.repeated, "with the uid of one not kept": uids.shared})
 
 
 def clip_retrieval(job: Job) -> None:
@@ -231,7 +232,7 @@ def clip_retrieval(job: Job) -> None:
             for table in job.rows(shard, job.scores(), job.embeddings(*columns)):
                 found = {tower: matrix(table[f"{tower}_embedding"]) for tower in towers}
                 whole = np.logical_and.reduce([valid for _, valid in found.values()])
-                job.left_out["no embedding"] += int((~whole).sum())
+                job.left_out["without an embedding"] += int((~whole).sum())
                 if not whole.any():
                     continue
                 table = table.filter(pa.array(whole))
@@ -291,7 +292,7 @@ def fiftyone(job: Job) -> None:
         for _, shard in job.each_shard():
             for table in job.rows(shard, job.scores(), job.embeddings(*columns)):
                 usable = pa.array([not unscorable(error) for error in table["error"].to_pylist()], pa.bool_())
-                job.left_out["no picture that could be decoded"] += len(table) - sum(usable.to_pylist())
+                job.left_out["without a picture that can be decoded"] += len(table) - sum(usable.to_pylist())
                 table = table.filter(usable)
                 names = ["caption", "reasons", *IDENTITY, "error", *numbers_of(table.schema)]
                 for row in table.select(["home", *names]).to_pylist():

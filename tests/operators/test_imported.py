@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +172,37 @@ def test_files_that_do_not_go_together_are_refused(break_, words, tmp_path):
     break_(tmp_path / "e")
     with pytest.raises(UsageError, match=words):
         open_folder(str(tmp_path / "e"))
+
+
+class Bomb:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("column", ["uid", "image_path", "other"])
+def test_a_type_that_ray_registers_runs_nothing(column, tmp_path):
+    pytest.importorskip("ray.data._internal.object_extensions.arrow")
+    put(tmp_path / "e", "0", ["a"])
+    bomb = pickle.dumps(Bomb(tmp_path / "ran"))
+    about = {b"ARROW:extension:name": b"ray.data.arrow_pickled_object", b"ARROW:extension:metadata": bomb}
+    fields = {name: pa.field(name, pa.string()) for name in ("image_path", "uid")}
+    fields[column] = pa.field(column, pa.large_binary(), metadata=about)
+    values = {"image_path": ["a"], "uid": ["ua"], column: [bomb]}
+    table = pa.table({name: values[name] for name in fields}, schema=pa.schema(fields.values()))
+    pq.write_table(table, tmp_path / "e" / "metadata" / "metadata_0.parquet")
+    assert joined(tmp_path / "e", rows(["a"]))["error"].to_pylist() == [None]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_names_that_are_longer_than_any_are_refused(tmp_path):
+    put(tmp_path / "e", "0", ["a", "b" * 5000])
+    with pytest.raises(UsageError, match="holds a text of 5,000 bytes, over 4,096"):
+        joined(tmp_path / "e", rows(["a"]))
 
 
 def test_embeddings_that_are_not_finite_end_the_run(tmp_path):

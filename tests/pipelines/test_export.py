@@ -87,7 +87,7 @@ def test_embeddings_lie_as_clip_retrieval_writes_them(cleaned, tmp_path):
     whole = np.logical_and(*(np.asarray(table[f"{t}_embedding"].is_valid()) for t in ("image", "text")))
     wanted = table.filter(pa.array(whole))
     assert done.samples == len(wanted)
-    assert done.left_out == {"no embedding": 6}  # a picture and a caption are missing in each shard
+    assert done.left_out == {"without an embedding": 6}  # a picture and a caption are missing in each shard
     parts = [str(i) for i in range(3)]
     for kind, tower in (("img_emb", "image"), ("text_emb", "text")):
         assert sorted(p.name for p in (tmp_path / "e" / kind).iterdir()) == [f"{kind}_{i}.npy" for i in parts]
@@ -118,7 +118,7 @@ def test_fiftyone_gets_verdicts_as_labels_and_the_pictures(cleaned, tmp_path):
     labels = json.loads(text)["labels"]
     table = of_home(cleaned / "out", "clean", "removed", "errored")
     rows = [row for row in table.to_pylist() if row["error"] != "undecodable_image"]
-    assert done.left_out == {"no picture that could be decoded": 3}
+    assert done.left_out == {"without a picture that can be decoded": 3}
     assert list(labels) == [f"{row['shard']}/{row['row']:08d}" for row in rows]
     for label, row in zip(labels.values(), rows, strict=True):
         assert label["label"] == row["home"]
@@ -215,7 +215,7 @@ def test_sizes_do_not_outlive_the_shards_they_are_of(cleaned, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"format": "npz", "to": "x"}, "there is no format 'npz'; the formats are datacomp, clip-retrieval"),
+        ({"format": "npz", "to": "x"}, r"there is no format 'npz'\. datacomp: sorted uids.*; clip-retrieval: folder"),
         ({"format": "datacomp"}, "say where to write: --to FILE"),
         ({"format": "fiftyone"}, "say where to write: --to FOLDER"),
         ({"format": "datacomp", "to": "x.txt"}, r"a file that ends in \.npy"),
@@ -274,7 +274,7 @@ def test_the_command_says_what_how_many_and_where(cleaned, tmp_path, monkeypatch
         "fiftyone",
         "--json",
     )
-    assert json.loads(out)["left_out"] == {"no picture that could be decoded": 3}
+    assert json.loads(out)["left_out"] == {"without a picture that can be decoded": 3}
     code, _, err = run(monkeypatch, capsys, "export", str(cleaned / "out"), "--format", "datacomp")
     assert code == 2
     assert "say where to write" in err
