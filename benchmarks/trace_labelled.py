@@ -8,6 +8,7 @@ cell to `--results`; one that is there already is not done again. Networks and w
     python benchmarks/trace_labelled.py --data DATA --part tuning    # what settings were chosen on
     python benchmarks/trace_labelled.py --data DATA --part trace     # other seeds
     python benchmarks/trace_labelled.py --data DATA --part repair    # of what was traced there
+    python benchmarks/trace_labelled.py --data DATA --part speed     # of one query among 10,000, on all cores
     python benchmarks/trace_labelled.py --table
 
 Sets: scikit-learn's digits (1,400 of 8 x 8 pixels, 2 % poisoned), and 10,000 pictures of CIFAR-10 (1.5 %). Accuracy and
@@ -17,6 +18,7 @@ success are of test pictures that no detector was shown.
 from __future__ import annotations
 
 import json
+import resource
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -25,8 +27,22 @@ from typing import Any
 import numpy as np
 import torch
 from detect import parser_of, require_data
-from measuring import Cells
-from victims import ATTACKS, NETWORK, TARGET, Cell, Victim, digest_of_code, guess, samples_of, trained, victim_of
+from measuring import Cells, hardware
+from victims import (
+    ATTACKS,
+    NETWORK,
+    TARGET,
+    Cell,
+    Victim,
+    digest_of_code,
+    guess,
+    pictures_of,
+    pixels,
+    samples_of,
+    trained,
+    untrained,
+    victim_of,
+)
 
 from tarsift.clip_detect import metrics
 from tarsift.sifters.baselines import sift_by
@@ -36,7 +52,7 @@ from tarsift.sifters.influence import Factors
 from tarsift.sifters.result import clean_base_set
 from tarsift.sifters.settings import BaselineConfig, LabelTraceConfig, UnlearnConfig
 from tarsift.sifters.tracing import ask_classifier, fit_curvature, trace
-from tarsift.sifters.unlearn import METHODS, WITHOUT_FORGOTTEN, unlearn
+from tarsift.sifters.unlearn import METHODS, WITHOUT_FORGOTTEN, labelled, unlearn
 
 SEEDS = {
     "tuning": {"digits": (100, 101), "cifar10": (100,)},
@@ -182,6 +198,27 @@ def base_set(name: str, cell: Cell, victim: Victim) -> np.ndarray:
     return out
 
 
+def time_query(data: Path) -> dict[str, Any]:
+    """Time one query and its copies, among all samples; of a network that has learned nothing, which costs the same."""
+    cell = Cell("cifar10", "four_pixels", SEEDS["tuning"]["cifar10"][0])
+    images, labels, *_ = pictures_of(cell, data)
+    net, samples, config = untrained(cell.corpus, 0).eval(), labelled(pixels(images), labels), LabelTraceConfig()
+    weights = sum(parameter.numel() for parameter in net.parameters())
+    begun = time.monotonic()
+    curvature = fit_curvature(net, samples, config)
+    fitted = time.monotonic()
+    ask_classifier(net, samples, images[:1], TARGET, config=config, curvature=curvature)
+    asked = time.monotonic()
+    line = {"part": "speed", "weights": weights, "candidates": len(images), "queries": 1 + config.transforms}
+    line |= {
+        "threads": torch.get_num_threads(),
+        "curvature_s": round(fitted - begun, 1),
+        "asked_s": round(asked - fitted, 1),
+    }
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return line | {"peak_gb": round(peak * 1024 / 1e9, 2), **hardware(torch)}
+
+
 def repairs(cell: Cell) -> list[tuple[str, str]]:
     """Return methods, and by whom what they are to forget was found."""
     forgetting = [method for method in METHODS if method not in WITHOUT_FORGOTTEN]
@@ -228,16 +265,19 @@ def row_of(line: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = parser_of(__doc__, "trace_labelled.jsonl")
-    parser.add_argument("--part", choices=["tuning", "trace", "repair"])
+    parser.add_argument("--part", choices=["tuning", "trace", "repair", "speed"])
     parser.add_argument("--corpus", nargs="*", default=list(ATTACKS))
     parser.add_argument("--attack", nargs="*")
     options = parser.parse_args()
     if options.part:
         require_data(parser, options)
         done = Cells(options.results, digest_of_code())
+        places = (options.data, options.cache)
+        if options.part == "speed":
+            print(json.dumps(done.add(**time_query(options.data))))
+            return
         wanted = [c for c in cells_of(options.part) if c.corpus in options.corpus]
         wanted = [c for c in wanted if not options.attack or c.attack in options.attack]
-        places = (options.data, options.cache)
         if options.part == "repair":
             learned = [c for c in wanted if any(r["learned"] for r in done.find(part="trace", cell=asdict(c)))]
             pairs = [(c, method, by) for c in learned for method, by in repairs(c)]
@@ -253,7 +293,8 @@ def main() -> None:
         for line in done.run(work, jobs, processes=options.processes):
             print(row_of(line), flush=True)
     if options.table and options.results.exists():
-        for line in sorted(map(json.loads, options.results.read_text().splitlines()), key=row_of):
+        lines = [json.loads(line) for line in options.results.read_text().splitlines()]
+        for line in sorted((line for line in lines if "cell" in line), key=row_of):
             print(row_of(line))
 
 

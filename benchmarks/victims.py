@@ -20,7 +20,7 @@ from tarsift.sifters.inputs import Pixels
 from tarsift.sifters.networks import build_network
 from tarsift.sifters.unlearn import Labelled, labelled
 
-NETWORK = "tiny-cnn"
+NETWORK = "small-cnn"
 ATTACKS = {"digits": ("patch",), "cifar10": ("four_pixels", "smooth", "gradient_matching")}
 RATES = {"digits": 0.02, "cifar10": 0.015}
 SOURCE, TARGET = 8, 5
