@@ -40,7 +40,8 @@ def test_a_dump_is_cleaned_by_embeddings_made_elsewhere(cleaned, given, tmp_path
     sets = [word for setting in SMALL for word in ("--set", setting)]
     code, out, _ = run(monkeypatch, capsys, "clean", *arguments, *sets, "--dry-run")
     assert code == 0
-    assert "embeddings:emb" in out
+    assert "embeddings:emb (" in out
+    assert " px" not in out
     code, out, _ = run(monkeypatch, capsys, "clean", *arguments, *sets)
     assert code == 0
     assert "left over" in out
