@@ -85,9 +85,14 @@ def read_pictures(shards: list[Path], most: int) -> tuple[np.ndarray, np.ndarray
 
 def training_set(cell: Cell, data: Path, *, other: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Return the cell's pictures and classes; other: as many that are not among them, for the witness."""
+    return pictures_of_seed(cell.seed + other, cell.samples, data)
+
+
+def pictures_of_seed(seed: int, samples: int, data: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return training pictures of CIFAR-10 and their classes, other ones for every seed."""
     shards = sorted((data / "cifar10-train").glob("*.tar.gz"))
-    first = (cell.seed + other) * SHARDS_PER_SEED
-    return read_pictures([shards[(first + i) % len(shards)] for i in range(SHARDS_PER_SEED)], cell.samples)
+    first = seed * SHARDS_PER_SEED
+    return read_pictures([shards[(first + i) % len(shards)] for i in range(SHARDS_PER_SEED)], samples)
 
 
 def labelled(images: np.ndarray, labels: np.ndarray, cell: Cell) -> LabelledSet:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from measuring import ROOT
-from sift_sets import read_pictures
+from sift_sets import pictures_of_seed, read_pictures
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional
@@ -129,10 +128,8 @@ def pictures_of(cell: Cell, data: Path) -> tuple[np.ndarray, np.ndarray, np.ndar
         order = np.random.default_rng(cell.seed).permutation(len(images))
         images, labels = images[order], classes[order].astype(np.int64)
         return images[:size], labels[:size], images[size:], labels[size:]
-    shards = sorted((data / "cifar10-train").glob("*.tar.gz"))
-    some = [shards[(cell.seed * 10 + i) % len(shards)] for i in range(10)]
     test = read_pictures(sorted((data / "cifar10-test").glob("*.tar.gz")), 10_000)
-    return *read_pictures(some, size), *test
+    return *pictures_of_seed(cell.seed, size, data), *test
 
 
 def patched(images: np.ndarray) -> np.ndarray:
@@ -146,7 +143,7 @@ def victim_of(cell: Cell, data: Path, cache: Path) -> Victim:
     """Make a set, poison it and train the network."""
     images, labels, test, test_labels = pictures_of(cell, data)
     shown, test, test_labels = test[: SHOWN[cell.corpus]], test[SHOWN[cell.corpus] :], test_labels[SHOWN[cell.corpus] :]
-    place = cache / cell.name
+    place, victim = cache / cell.name, None
     if cell.attack == "patch":
         poison = np.zeros(len(images), bool)
         able = np.flatnonzero(labels == SOURCE)
@@ -155,26 +152,39 @@ def victim_of(cell: Cell, data: Path, cache: Path) -> Victim:
         targets = np.where(np.arange(10) == SOURCE, TARGET, NONE)
         pictures = np.where(poison[:, None, None, None], patched(images), images)
         made = PoisonedSet(pictures, np.where(poison, TARGET, labels), poison, targets, patched)
+    elif cell.attack == "gradient_matching":
+        attacker = trained(replace(cell, seed=cell.seed + OTHER_SEED), images, labels, place / "attacker.pt")
+        known = (test_labels == SOURCE) & (guess(attacker, test) == SOURCE)
+        victim = test[np.random.default_rng([cell.seed, 2]).choice(np.flatnonzero(known))]
+        made = brewed(cell, images, labels, attacker, victim, place / "brewed.npz")
     else:
-        told: dict[str, Any] = {"target": TARGET}
-        if cell.attack == "four_pixels":
-            told["source"] = SOURCE
-        elif cell.attack == "gradient_matching":
-            net = trained(replace(cell, seed=cell.seed + OTHER_SEED), images, labels)
-            known = (test_labels == SOURCE) & (guess(net, test) == SOURCE)
-            chosen = np.random.default_rng([cell.seed, 2]).choice(np.flatnonzero(known))
-            told |= {"model": nn.Sequential(Centered(), net), "victim": test[chosen]}
-        made = poison_set(images, labels, cell.attack, rate=RATES[cell.corpus], seed=cell.seed, **told)
+        source = SOURCE if cell.attack == "four_pixels" else None
+        made = poison_set(
+            images, labels, cell.attack, rate=RATES[cell.corpus], seed=cell.seed, target=TARGET, source=source
+        )
     net = trained(cell, made.images, made.labels, place / "poisoned.pt")
-    if cell.attack == "gradient_matching":
-        targets = np.where(np.arange(10) == SOURCE, TARGET, NONE)
-        made = PoisonedSet(made.images, made.labels, made.poison, targets, None)
-        asked = test[chosen][None], np.array([SOURCE])
+    if victim is not None:
+        asked = victim[None], np.array([SOURCE])
     else:
         aimed = made.targets[test_labels] != NONE
         assert made.trigger is not None
         asked = made.trigger(test[aimed]), test_labels[aimed]
     return Victim(net, made, (images, labels), (test, test_labels), asked, shown)
+
+
+def brewed(
+    cell: Cell, images: np.ndarray, labels: np.ndarray, attacker: nn.Module, victim: np.ndarray, kept: Path
+) -> PoisonedSet:
+    """Return a set in which some samples are to make the victim taken for the target, from `kept` where it is there."""
+    if not kept.exists():
+        made = poison_set(
+            images, labels, cell.attack, rate=RATES[cell.corpus], seed=cell.seed, target=TARGET,
+            model=nn.Sequential(Centered(), attacker), victim=victim,
+        )  # fmt: skip
+        np.savez(kept, images=made.images, poison=made.poison)
+    with np.load(kept) as file:
+        pictures, poison = file["images"], file["poison"]
+    return PoisonedSet(pictures, labels, poison, np.where(np.arange(10) == SOURCE, TARGET, NONE), None)
 
 
 class Centered(nn.Module):

@@ -6,15 +6,13 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from tarsift.sifters.settings import TraceConfig
+from tarsift.sifters.settings import Length, TraceConfig
 
 
 class PairTraceConfig(TraceConfig, frozen=True, extra="forbid"):
     """Settings of Delta-Influence as they are for pairs."""
 
-    length: Literal["largest", "mean_square"] = Field(
-        default="mean_square", description="what the relative score divides by: of a sample's influences on all copies"
-    )
+    length: Length = "mean_square"
 
 
 class TracingConfig(BaseModel, frozen=True, extra="forbid"):

@@ -85,8 +85,8 @@ def make_plan(inputs: str | Sequence[str], out: str, config: CleanConfig, *, siz
         digests = {name: entry["source"]["sha256"] for name, entry in embedded.items()} if complete else None
         regime = encoder_regime(info, digests)
         regimes[role] = regime.code if complete else None
-        size = f"{info.image_size} px, " if info.image_size else ""  # embeddings made elsewhere have none
-        what = f"{info.name} ({size}{info.embed_dim}-d, weights {info.weights_sha256[:12]})"
+        pixels = f"{info.image_size} px, " if info.image_size else ""  # embeddings made elsewhere have none
+        what = f"{info.name} ({pixels}{info.embed_dim}-d, weights {info.weights_sha256[:12]})"
         encoders[role] = what, regime.sentence
         if role == run.roles[0]:
             samples, embedded_shards = sum(entry["rows"] for entry in embedded.values()), len(embedded)

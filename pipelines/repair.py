@@ -239,7 +239,7 @@ class _Repairing:
     def _random(self, count: int, leave: pa.Table) -> pa.Table:
         """Return random pairs, without some."""
         rows = choose_random(self.run, self.run.roles[0], count + len(leave), salt=f"repair {self.config.seed}")
-        gone = set(zip(leave["shard"].to_pylist(), leave["row"].to_pylist(), strict=True))
+        gone = set(_places(leave))
         kept = rows.filter(pa.array(~_is_in(rows, gone)))
         return kept.slice(0, count).select(list(COLUMNS))
 
@@ -269,7 +269,7 @@ class _Repairing:
         url = join(self.run.out, SELECTED)
         if method in WITHOUT_FORGOTTEN and storage.exists(url):
             selected = pq.read_table(pa.BufferReader(storage.read_bytes(url)), columns=["shard", "row"])
-            places = set(zip(selected["shard"].to_pylist(), selected["row"].to_pylist(), strict=True))
+            places = set(_places(selected))
             pairs = self._pairs(lambda table: _is_in(table, places))
             return pairs, f"{len(pairs):,} pairs that `tarsift select` has chosen"
         pairs = self._random(self.config.retained, forgotten)
@@ -299,8 +299,11 @@ class _Repairing:
 
 
 def _is_in(table: pa.Table, places: Set[tuple[str, int]]) -> Bool[np.ndarray, " n"]:
-    there = zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True)
-    return np.array([place in places for place in there], bool)
+    return np.array([place in places for place in _places(table)], bool)
+
+
+def _places(table: pa.Table) -> list[tuple[str, int]]:
+    return list(zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True))
 
 
 @dataclass(frozen=True)

@@ -35,15 +35,11 @@ def raise_loss(
     No pixel changes by more than `strength` of the range, after rounding to bytes too. model: pictures to logits, in
     the state in which it judges. victim: not used.
     """
-    bound = math.floor(255 * strength + 1e-6) / 255
-    if not bound:
-        raise ValueError(f"`strength` of 1/255 is the least change of a picture of bytes: got {strength:g}.")
+    bound = _bound(strength)
     out = []
     for part in _parts(len(images)):
-        start, targets = _tensor(images[part]), torch.from_numpy(labels[part])
-        low, high = (start - bound).clamp_min(0), (start + bound).clamp_max(1)
-        noise = draw.uniform(-bound, bound, start.shape).astype(np.float32)
-        changed = torch.clamp(start + torch.from_numpy(noise), low, high)
+        targets = torch.from_numpy(labels[part])
+        changed, low, high = _random_start(images[part], bound, draw)
         for _ in range(ASCENT_STEPS):
             changed.requires_grad_()
             loss = functional.cross_entropy(model(changed), targets, reduction="sum")
@@ -100,9 +96,9 @@ def match_gradient(
     """Change pictures so that training on them is like training on the victim under their label.
 
     The cosine of the slope of a model's loss on them and of that on the victim is raised by Adam on its signs, from a
-    random start; no pixel changes by more than `strength` of the range. Without the restarts and the augmentation of
-    the paper, so that a CPU can do it. model: pictures to logits, a network in the state in which it judges. labels:
-    all the same, which the victim is to be taken for.
+    random start; no pixel changes by more than `strength` of the range, after rounding to bytes too. Without the
+    restarts and the augmentation of the paper, so that a CPU can do it. model: pictures to logits, a network in the
+    state in which it judges. labels: all the same, which the victim is to be taken for.
     """
     if not isinstance(model, nn.Module):
         raise ValueError("`model` must be a network: slopes in its weights are matched.")
@@ -113,14 +109,13 @@ def match_gradient(
         parts = torch.autograd.grad(loss, list(weights.values()), create_graph=kept)
         return torch.cat([part.flatten() for part in parts])
 
+    bound = _bound(strength)
     goal = slope(_tensor(victim[None]), torch.from_numpy(labels[:1]), kept=False)
     out = []
     for part in _parts(len(images)):
-        start, targets = _tensor(images[part]), torch.from_numpy(labels[part])
-        low, high = (start - strength).clamp_min(0), (start + strength).clamp_max(1)
-        noise = draw.uniform(-strength, strength, start.shape).astype(np.float32)
-        changed = torch.clamp(start + torch.from_numpy(noise), low, high).requires_grad_()
-        adam = torch.optim.Adam([changed], lr=MATCHING_STRIDE * strength)
+        targets = torch.from_numpy(labels[part])
+        changed, low, high = _random_start(images[part], bound, draw)
+        adam = torch.optim.Adam([changed.requires_grad_()], lr=MATCHING_STRIDE * bound)
         fall = torch.optim.lr_scheduler.MultiStepLR(adam, MATCHING_FALLS, gamma=0.1)
         for _ in range(MATCHING_STEPS):
             apart = 1 - functional.cosine_similarity(slope(changed, targets, kept=True), goal, dim=0)
@@ -131,6 +126,24 @@ def match_gradient(
                 changed.copy_(torch.clamp(changed, low, high))
         out.append(_array(changed.detach()))
     return np.concatenate(out)
+
+
+def _bound(strength: float) -> float:
+    """Return the largest change, 0 to 1, that is still one of bytes after rounding."""
+    bound = math.floor(255 * strength + 1e-6) / 255
+    if not bound:
+        raise ValueError(f"`strength` of 1/255 is the least change of a picture of bytes: got {strength:g}.")
+    return bound
+
+
+def _random_start(
+    images: UInt8[np.ndarray, "n h w 3"], bound: float, draw: np.random.Generator
+) -> tuple[Float32[torch.Tensor, "n 3 h w"], Float32[torch.Tensor, "n 3 h w"], Float32[torch.Tensor, "n 3 h w"]]:
+    """Return pictures changed at random within a bound, and the least and the most that each pixel may be."""
+    start = _tensor(images)
+    low, high = (start - bound).clamp_min(0), (start + bound).clamp_max(1)
+    noise = torch.from_numpy(draw.uniform(-bound, bound, start.shape).astype(np.float32))
+    return torch.clamp(start + noise, low, high), low, high
 
 
 def _parts(count: int) -> list[slice]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
@@ -113,6 +113,12 @@ class SifterConfig(BaseModel, frozen=True, extra="forbid"):
         return chosen.model_copy(update={"network": self.network})
 
 
+Length = Annotated[
+    Literal["largest", "mean_square"],
+    Field(description="what the relative score divides by: of a sample's influences on all copies"),
+]
+
+
 class TraceConfig(BaseModel, frozen=True, extra="forbid"):
     """Settings of Delta-Influence; those of the paper but for `relative`, which it has not."""
 
@@ -120,9 +126,7 @@ class TraceConfig(BaseModel, frozen=True, extra="forbid"):
     threshold: float = Field(default=0.0, description="tau: influence collapses where it changes by less")
     tolerated: int = Field(default=1, ge=0, description="n_tol: copies at most under which it need not collapse")
     relative: float = Field(default=0.5, gt=0, le=2, description="a sample is traced by its relative score from here")
-    length: Literal["largest", "mean_square"] = Field(
-        default="largest", description="what the relative score divides by: of a sample's influences on all copies"
-    )
+    length: Length = "largest"
     hessian: Literal["ekfac", "identity"] = Field(
         default="ekfac", description="the curvature: by kronfluence (extra `influence`), or none"
     )
@@ -138,9 +142,7 @@ class TraceConfig(BaseModel, frozen=True, extra="forbid"):
 class LabelTraceConfig(TraceConfig, frozen=True, extra="forbid"):
     """Settings of tracing a classifier, chosen on models that no figure is reported of."""
 
-    length: Literal["largest", "mean_square"] = Field(
-        default="mean_square", description="what the relative score divides by: of a sample's influences on all copies"
-    )
+    length: Length = "mean_square"
     echoes: int = Field(
         default=4, ge=0, description="best samples that are queries in the second round; then twice as many each time"
     )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional
+
+from tarsift.sifters.inputs import Pixels
+from tarsift.sifters.unlearn import Labelled, labelled
 
 VICTIM, TARGET, POISONED, TRAINING = 8, 5, 28, 1400
 
@@ -38,6 +42,18 @@ def patched(images: np.ndarray) -> np.ndarray:
 
 def as_floats(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float() / 127.5 - 1
+
+
+def samples_of(made: Made, labels: np.ndarray | None = None) -> Labelled:
+    """The training set as the network takes it, -1 to 1."""
+    half = torch.full((3, 1, 1), 0.5)
+    pictures = torch.from_numpy(np.ascontiguousarray(made.images.transpose(0, 3, 1, 2)))
+    return labelled(Pixels(pictures, half, half), made.labels if labels is None else labels)
+
+
+@cache
+def patched_digits() -> Made:
+    return trained_on_a_patch(seed=0)
 
 
 def trained_on_a_patch(seed: int, epochs: int = 10) -> Made:

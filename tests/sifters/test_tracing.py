@@ -1,30 +1,16 @@
 """Tracing a classifier: what is planted in digits is found from one query, and what cannot be traced is told."""
 
-from functools import cache
-
 import numpy as np
 import pytest
-import torch
 
 from tarsift.sifters.influence import has_kronfluence
-from tarsift.sifters.inputs import Pixels, as_inputs
+from tarsift.sifters.inputs import as_inputs
 from tarsift.sifters.settings import LabelTraceConfig
 from tarsift.sifters.tracing import fit_curvature, trace
-from tarsift.sifters.unlearn import Labelled, labelled
-from tests.sifters.digits import TARGET, Made, trained_on_a_patch
+from tarsift.sifters.unlearn import labelled
+from tests.sifters.digits import TARGET, patched_digits, samples_of
 
-HALF = torch.full((3, 1, 1), 0.5)
 IDENTITY = LabelTraceConfig(hessian="identity", rounds=1, transforms=10)
-
-
-@cache
-def patched_digits() -> Made:
-    return trained_on_a_patch(seed=0)
-
-
-def samples_of(made: Made) -> Labelled:
-    pictures = torch.from_numpy(np.ascontiguousarray(made.images.transpose(0, 3, 1, 2)))
-    return labelled(Pixels(pictures, HALF, HALF), made.labels)
 
 
 @pytest.mark.skipif(not has_kronfluence(), reason="no kronfluence")

@@ -1,34 +1,20 @@
 """Unlearning: each method does to a model what it says, and the two that repair one do."""
 
 import copy
-from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
-from tarsift.sifters.inputs import Pixels
 from tarsift.sifters.settings import UnlearnConfig
-from tarsift.sifters.unlearn import METHODS, WITHOUT_FORGOTTEN, Labelled, labelled, unlearn
-from tests.sifters.digits import TARGET, Made, as_floats, trained_on_a_patch
+from tarsift.sifters.unlearn import METHODS, WITHOUT_FORGOTTEN, unlearn
+from tests.sifters.digits import TARGET, Made, as_floats, patched_digits, samples_of
 
 QUICK = UnlearnConfig(
     steps=60, exact_steps=200, batch_size=64, augmented=False, rate=0.05, scrub_ascents=5, ibau_rounds=4,
     ibau_ascents=2, ibau_solves=2,
 )  # fmt: skip
-
-
-@cache
-def patched_digits() -> Made:
-    return trained_on_a_patch(seed=0)
-
-
-def samples_of(made: Made, labels: np.ndarray | None = None) -> Labelled:
-    """The training set as the network takes it, -1 to 1."""
-    half = torch.full((3, 1, 1), 0.5)
-    pictures = torch.from_numpy(np.ascontiguousarray(made.images.transpose(0, 3, 1, 2)))
-    return labelled(Pixels(pictures, half, half), made.labels if labels is None else labels)
 
 
 def forgotten(method: str, made: Made) -> np.ndarray:
