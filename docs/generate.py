@@ -74,11 +74,21 @@ def settings_page() -> str:
     from tarsift.operators.repair_settings import RepairConfig
     from tarsift.operators.trace_settings import TracingConfig
     from tarsift.pipelines.config import CleanConfig, all_settings
+    from tarsift.pipelines.ingest import SET_EACH_NIGHT, IngestConfig
 
+    left_out = ("ingest.clean.", *(f"ingest.pretrain.{name}" for name in SET_EACH_NIGHT))
     lines = ["# Settings\n", "For `--set NAME=VALUE` and YAML."]
-    for title, model in ((None, CleanConfig), ("tarsift trace", TracingConfig), ("tarsift repair", RepairConfig)):
+    parts = (
+        (None, CleanConfig, ""),
+        ("tarsift ingest, beside those above", IngestConfig, "ingest."),
+        ("tarsift trace", TracingConfig, ""),
+        ("tarsift repair", RepairConfig, ""),
+    )
+    for title, model, prefix in parts:
         lines += ["", *([f"## {title}", ""] if title else []), "| setting | default | meaning |", "|---|---|---|"]
-        for name, field in all_settings(model):
+        for name, field in all_settings(model, prefix):
+            if name.startswith(left_out):
+                continue
             default = "required" if field.is_required() else f"`{field.default!r}`"
             lines.append(f"| `{name}` | {default} | {field.description or ''} |")
     return NOTE + "\n".join(lines) + "\n"

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from tarsift.clip_detect.sampling import keyed_hash, resalt
 from tarsift.clip_detect.threshold import Cutoff, TopFraction
 from tarsift.operators.flag import unscorable
-from tarsift.operators.schema import matrix
+from tarsift.operators.schema import append, matrix
 
 
 class Fold(Protocol):
@@ -179,6 +179,44 @@ class FetchRows:
         order = np.lexsort((state["rows"], state["hashes"]))
         _, first = np.unique(state["hashes"][order], return_index=True)
         return {name: values[order[first]] for name, values in state.items()}
+
+
+class DrawnRows:
+    """Fold: the rows that `FetchRows` finds, in its order, as a table with any columns; None if there are none.
+
+    `shard`, `row`, `image_sha256` and `error` are always among them.
+    """
+
+    def __init__(self, largest: int, *, key: bytes, columns: tuple[str, ...]):
+        self.largest, self.key = np.uint64(largest), key
+        self.columns = tuple(dict.fromkeys(("shard", "row", "image_sha256", "error", *columns)))
+
+    def init(self) -> pa.Table | None:
+        return None
+
+    def add(self, state: pa.Table | None, table: pa.Table) -> pa.Table | None:
+        hashes = content_hashes(table, self.key)
+        mask = scorable(table) & (hashes <= self.largest)
+        if not mask.any():
+            return state
+        chosen = table.select(list(self.columns)).filter(pa.array(mask))
+        ties = pa.array(row_hashes(chosen, self.key))
+        return self.merge(state, append(chosen, {"hash": pa.array(hashes[mask]), "tie": ties}))
+
+    def merge(self, a: pa.Table | None, b: pa.Table | None) -> pa.Table | None:
+        if a is None or b is None:
+            return a if b is None else b
+        return self._distinct(pa.concat_tables([a, b]))
+
+    def finish(self, state: pa.Table | None) -> pa.Table | None:
+        return None if state is None else self._distinct(state).drop_columns(["hash", "tie"])
+
+    @staticmethod
+    def _distinct(rows: pa.Table) -> pa.Table:
+        hashes = rows["hash"].to_numpy()
+        order = np.lexsort((rows["tie"].to_numpy(), hashes))
+        _, first = np.unique(hashes[order], return_index=True)
+        return rows.take(pa.array(order[first]))
 
 
 class CountDuplicates:

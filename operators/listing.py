@@ -7,7 +7,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import fsspec
@@ -27,18 +27,22 @@ _QUOTE = "If the shell expanded a brace pattern or a glob, put it in quotes: tar
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard: `name` is its identity in a run, `size` its bytes in storage (0 where a server does not tell)."""
+    """A shard: `name` is its identity in a run, `size` its bytes in storage (0 where a server does not tell).
+
+    `stamp` is what a listing tells of the version of the file: its etag, else when it was written, else nothing.
+    """
 
     name: str
     url: str
     size: int
+    stamp: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
 class _Found:
     fs: fsspec.AbstractFileSystem
     path: str
-    size: int
+    info: dict[str, Any]  # what the file system tells of it
     base: str  # the folder that its input names
     given: str
 
@@ -101,9 +105,9 @@ def _glob(fs: fsspec.AbstractFileSystem, path: str, given: str) -> list[_Found]:
     found = []
     for name, info in infos.items():
         if info.get("type") == "directory":
-            found += [_Found(fs, file, size, base, given) for file, size in storage.find(fs, name, SUFFIXES).items()]
+            found += [_Found(fs, file, told, base, given) for file, told in storage.find(fs, name, SUFFIXES).items()]
         elif name.lower().endswith(SUFFIXES):
-            found.append(_Found(fs, name, int(info.get("size") or 0), base, given))
+            found.append(_Found(fs, name, info, base, given))
     found = [item for item in found if not _is_hidden(item.path)]
     if not found:
         raise UsageError(f"no shard matches {given!r}; looked for {_LOOKED_FOR}")
@@ -111,7 +115,7 @@ def _glob(fs: fsspec.AbstractFileSystem, path: str, given: str) -> list[_Found]:
 
 
 def _folder(fs: fsspec.AbstractFileSystem, path: str, given: str) -> list[_Found]:
-    found = [_Found(fs, file, size, path, given) for file, size in storage.find(fs, path, SUFFIXES).items()]
+    found = [_Found(fs, file, info, path, given) for file, info in storage.find(fs, path, SUFFIXES).items()]
     found = [item for item in found if not _is_hidden(item.path)]
     if found:
         return found
@@ -166,7 +170,7 @@ def _files(explicit: list[tuple[fsspec.AbstractFileSystem, str, str]], *, many: 
         if info["type"] == "directory":
             found += _folder(fs, path, given)
         else:
-            found.append(_Found(fs, path, int(info.get("size") or 0), parent, given))
+            found.append(_Found(fs, path, info, parent, given))
     if missing:
         shown = ", ".join(repr(path) for path in missing[:5]) + (", ..." if len(missing) > 5 else "")
         hint = f" {_QUOTE}" if many else ""
@@ -194,8 +198,18 @@ def _name(found: list[_Found], root: str | None) -> list[Shard]:
                     f"{item.path!r} is given twice, by {other.given!r} and by {item.given!r}; give it once"
                 )
             raise UsageError(f"two shards have the name {name!r}: {other.path!r} and {item.path!r}; leave one out")
-        shards.append(Shard(name, _url(fs, item.path), item.size))
+        shards.append(Shard(name, _url(fs, item.path), int(item.info.get("size") or 0), _stamp(item.info)))
     return sorted(shards, key=lambda shard: shard.name)
+
+
+def root_of(shards: Sequence[Shard]) -> str:
+    """Return the folder below which shards are named, as `list_shards` takes it."""
+    return _without_suffix(shards[0].url).removesuffix(shards[0].name).rstrip("/") or "/"
+
+
+def _stamp(info: dict[str, Any]) -> str:
+    told = (info.get(name) for name in ("ETag", "etag", "LastModified", "updated", "mtime"))
+    return next((str(value) for value in told if value), "")
 
 
 def _url(fs: fsspec.AbstractFileSystem, path: str) -> str:

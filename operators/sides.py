@@ -44,6 +44,12 @@ class Sides:
         """Return plain values, for `run.json`."""
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Sides:
+        """Rebuild them from `to_json`, or from what JSON has made of that."""
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()}
+        return cls(**values)
+
 
 TRIGGERS = "triggers that the encoder has learned, whatever the captions say"
 MISFITS = "captions that do not fit their images, at any rate"

@@ -283,8 +283,11 @@ def list_files(folder: str, suffix: str = "") -> list[str]:
     return sorted(name[len(path.rstrip("/")) + 1 :] for name in found)
 
 
-def find(fs: fsspec.AbstractFileSystem, path: str, suffix: str | tuple[str, ...] = "") -> dict[str, int]:
-    """Return path and size in bytes of the files below the folder `path` that end in `suffix`, case ignored."""
+def find(fs: fsspec.AbstractFileSystem, path: str, suffix: str | tuple[str, ...] = "") -> dict[str, dict[str, Any]]:
+    """Return path and facts (`size` among them) of the files below the folder `path` that end in `suffix`.
+
+    The case of the suffix is ignored.
+    """
     fs.invalidate_cache()
     try:
         listed = asked(fs, lambda: fs.find(path, detail=True), f"list {path}")
@@ -296,7 +299,7 @@ def find(fs: fsspec.AbstractFileSystem, path: str, suffix: str | tuple[str, ...]
     for name, info in infos.items():
         is_file = info.get("type") == "file" or info.get("islink")
         if is_file and name.startswith(below) and name.lower().endswith(suffix):
-            found[name] = int(info.get("size") or 0)
+            found[name] = info
     return found
 
 

@@ -21,11 +21,13 @@ class Stored:
     """Columns of one pass's files: `<folder>/<shard>.parquet`; None = all columns.
 
     prefix: put before the names of all but `shard` and `row`, where two encoders have columns of the same names.
+    drawn: whether the rows are a sample of many shards, each known by its own `shard` and `row`.
     """
 
     folder: str
     columns: tuple[str, ...] | None = None
     prefix: str = ""
+    drawn: bool = False
 
     def named(self, table: pa.Table) -> pa.Table:
         """Return the table with the prefix put before the names."""
@@ -81,7 +83,8 @@ class ReadStored:
                 table = pa.table(batch)
                 if not len(table):
                     continue
-                if "row" in table.column_names and not np.array_equal(table["row"], np.arange(rows, rows + len(table))):
+                in_order = source.drawn or "row" not in table.column_names
+                if not in_order and not np.array_equal(table["row"], np.arange(rows, rows + len(table))):
                     raise TarsiftError(f"{url}: rows are not in order; it was changed after tarsift wrote it.")
                 rows += len(table)
                 yield source.named(table)

@@ -29,6 +29,7 @@ from tarsift.pipelines.passes import embed_name, passes_of_score
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.report import write_report
 from tarsift.pipelines.run import NO_FEATURES, Run, open_run
+from tarsift.pipelines.standing import StandingReference
 from tarsift.pipelines.trusted import TrustedReference
 
 
@@ -113,10 +114,14 @@ def score_step(run: Run) -> None:
     if run.config.reference.path and sides.density:
         weights = run.content["encoders"][sides.density]["weights_sha256"]
         trusted = TrustedReference.find(run.config.reference.path, weights)
-    print_ = scoring.score_fingerprint(prints, run.digests, sides, run.config, trusted)
+    standing = None
+    if run.config.reference.standing:
+        by = {role: run.content["encoders"][role]["weights_sha256"] for role in judging}
+        standing = StandingReference.find(run.config.reference.standing, by)
+    print_ = scoring.score_fingerprint(prints, run.digests, sides, run.config, trusted, standing)
     run.content["reference"] = scoring.score_passes(
         run.shards, run.out, run.config, run.embedded, print_, sides,
-        trusted=trusted, progress=run.progress, finished=run.record,
+        trusted=trusted, standing=standing, progress=run.progress, finished=run.record,
     )  # fmt: skip
     run.content["sides"] = sides.to_json()
     run.file.save()
@@ -245,6 +250,7 @@ def clean(
     *,
     encoder: str | None = None,
     config: CleanConfig | None = None,
+    root: str | None = None,
     progress: Listener = silent,
 ) -> CleanResult:
     """Clean a dump: score every sample, flag the most suspicious, write cleaned shards and a report.
@@ -256,6 +262,7 @@ def clean(
         out: result folder, local or `s3://...`.
         encoder: short for `config.encoders["detect"]`: a CLIP trained on this dump.
         config: all settings.
+        root: folder below which shards are named; None: the one that all have in common.
         progress: told what is done; silent by default.
 
     Raises:
@@ -273,7 +280,7 @@ def clean(
     config = config or CleanConfig()
     if encoder is not None:
         config = config.model_copy(update={"encoders": {**config.encoders, DETECT: EncoderConfig(spec=encoder)}})
-    run = open_run(inputs, out, config, progress=progress)
+    run = open_run(inputs, out, config, root=root, progress=progress)
     with run.working():
         embed_step(run)
         score_step(run)

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from tarsift.operators.errors import EXIT_CODES, Interrupted, TarsiftError
-from tarsift.pipelines.commands import aftermath, passes, workshop
+from tarsift.pipelines.commands import aftermath, nightly, passes, workshop
 from tarsift.pipelines.commands import main as main_commands
 from tarsift.pipelines.printing import Screen, plain
 from tarsift.pipelines.stopping import stop_on_signals
@@ -38,7 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     pretty_exceptions_enable=False,
 )
-for module in (main_commands, passes, aftermath, workshop):
+for module in (main_commands, nightly, passes, aftermath, workshop):
     app.add_typer(module.commands)
 
 

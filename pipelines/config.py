@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -33,6 +33,14 @@ class ReferenceConfig(BaseModel):
         str | None,
         Field(description="trusted reference: Parquet files of an `embeddings/` folder; None draws one from the dump"),
     ] = None
+    standing: Annotated[
+        str | None,
+        Field(description="standing reference of `tarsift ingest`: earlier samples that rules are fitted on as well"),
+    ] = None
+    rules: Annotated[
+        Literal["fit", "keep"],
+        Field(description="`keep` takes the rules that a standing reference has, where encoders and settings agree"),
+    ] = "fit"
     key: Annotated[
         str | None, Field(description="key of the hash that draws it; None derives it from the digests of all shards")
     ] = None
@@ -119,6 +127,15 @@ def load_config(file: str | None = None, settings: Iterable[str] = (), **flags: 
     Raises:
         ConfigError: for an unknown key (with the nearest known one) or a value out of range.
     """
+    return parse_config(load_content(file, settings, **flags))
+
+
+def load_content(file: str | None = None, settings: Iterable[str] = (), **flags: Any) -> dict[str, Any]:
+    """Compose a plain mapping as `load_config` does, not yet checked against the models.
+
+    Raises:
+        ConfigError: for a file or a text that cannot be read.
+    """
     content: dict[str, Any] = {}
     if file:
         try:
@@ -135,7 +152,7 @@ def load_config(file: str | None = None, settings: Iterable[str] = (), **flags: 
             put_setting(content, name.replace("__", "."), value, merge=True)
     for name, value in parse_settings(settings).items():
         put_setting(content, name, value, merge=True)
-    return parse_config(content)
+    return content
 
 
 def parse_settings(texts: Iterable[str]) -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from tarsift.clip_detect.mismatch import MismatchRule, fit_mismatch
 from tarsift.clip_detect.suspicion import (
@@ -22,17 +21,21 @@ from tarsift.clip_detect.suspicion import (
 from tarsift.clip_detect.verdict import Verdict, fit_verdict
 from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
-from tarsift.operators.folds import CountDuplicates, FetchRows, Side, SmallestHashes
+from tarsift.operators.folds import CountDuplicates, FetchRows, Fold, Side, SmallestHashes
+from tarsift.operators.scorer import ScoreDensity
 from tarsift.operators.shards import Shard
 from tarsift.operators.sides import Sides
-from tarsift.operators.stored import Stored
+from tarsift.operators.stored import ReadStored, Stored, put_table
 from tarsift.pipelines.config import CleanConfig
 from tarsift.pipelines.folding import run_fold
-from tarsift.pipelines.tasks import checked_task
+from tarsift.pipelines.rules import load_arrays, rule_file, save_arrays
+from tarsift.pipelines.standing import DENSITY, STANDING, StandingReference
+from tarsift.pipelines.tasks import checked_task, run_task
 from tarsift.pipelines.trusted import TrustedReference
 
 # A partition of the duplicate count holds about this many distinct images in memory.
 IMAGES_PER_PARTITION = 4_000_000
+ROWS_FOR_SCALES = 4096  # of the candidates, where rules are kept: medians take no more
 TRUSTED = "Scored against a trusted reference: no rate is too high, as long as nothing in the reference is poisoned."
 
 
@@ -42,6 +45,7 @@ class ScoreFolders:
 
     out: str
     sides: Sides
+    standing: StandingReference | None = None
 
     def embeddings(self, role: str) -> str:
         return storage.join(self.out, "embeddings", role)
@@ -49,6 +53,24 @@ class ScoreFolders:
     def seen_by(self, role: str, *columns: str) -> Stored:
         """Columns of what another role than `first` has embedded, under names that begin with the role's."""
         return Stored(self.embeddings(role), ("shard", "row", *columns), f"{role}_")
+
+    def fold(
+        self, fold: Fold, names: Sequence[str], role: str, *, scored: bool = False, second: str | None = None
+    ) -> Any:
+        """Run a fold over what a role has embedded: the rows of the dump, and of the standing reference.
+
+        Args:
+            scored: with their density beside; second: with another role's embeddings of the images too.
+        """
+        folders: list[str | Stored] = [self.embeddings(role), *([self.density] if scored else [])]
+        if second:
+            folders.append(self.seen_by(second, "image_embedding"))
+        beside = None
+        if self.standing:
+            density = [Stored(storage.join(self.out, "reference"), drawn=True)] if scored else []
+            also = [self.standing.stored(second, "image_embedding", prefix=f"{second}_")] if second else []
+            beside = [STANDING], [self.standing.stored(role), *density, *also]
+        return run_fold(fold, names, folders, beside=beside)
 
     @property
     def first(self) -> str:
@@ -63,11 +85,6 @@ class ScoreFolders:
 
     def rule(self, name: str) -> str:
         return rule_file(self.out, name)
-
-
-def rule_file(out: str, name: str) -> str:
-    """Return where a rule is kept."""
-    return storage.join(out, "reference", f"{name}.npz")
 
 
 def fit_reference(
@@ -85,19 +102,21 @@ def fit_reference(
         What `run.json` says about the reference.
     """
     names = [shard.name for shard in shards]
-    first, sides = folders.embeddings(folders.first), folders.sides
-    hashes = run_fold(SmallestHashes(config.suspicion.candidates, key=key), names, [first])
+    sides, standing = folders.sides, folders.standing
+    hashes = folders.fold(SmallestHashes(config.suspicion.candidates, key=key), names, folders.first)
     if not len(hashes):
         raise UsageError("no sample of the dump has an image embedding; see the error counts in the ledger.")
-    largest = int(hashes[-1])
-    about: dict[str, Any] = {"candidates": len(hashes), "largest_candidate_hash": largest}
+    kept = standing is not None and standing.keeps_rules(config, sides)
+    for_scales = hashes[:ROWS_FOR_SCALES][-1] if kept else hashes[-1]
+    about: dict[str, Any] = {
+        "candidates": len(hashes), "largest_hash": int(hashes[-1]), "largest_candidate_hash": int(for_scales),
+        "standing": 0 if standing is None else standing.rows, "rules": "kept" if kept else "fitted",
+    }  # fmt: skip
     if sides.density:
-        about |= _fit_density(names, folders, config, key, largest, trusted)
+        about |= _fit_density(names, folders, config, key, int(hashes[-1]), trusted, kept=kept)
     if sides.captions:
-        pairs = _fetch_pairs(names, folders.embeddings(sides.captions), key, largest)
-        mismatch = run_job(fit_mismatch, *pairs.values(), config.mismatch, config)
-        save_arrays(folders.rule("mismatch"), *mismatch.state())
-        about["pairs"] = len(mismatch.reference.ids)
+        about["pairs"] = _fit_mismatch(names, folders, config, key, int(hashes[-1]), kept=kept)
+    first = folders.embeddings(folders.first)
     partitions = max(1, -(-samples // IMAGES_PER_PARTITION))
     found = [run_fold(CountDuplicates(p, partitions, key=key), names, [first]) for p in range(partitions)]
     ids, counts = (np.concatenate(columns) for columns in zip(*found, strict=True))
@@ -113,12 +132,25 @@ def _fit_density(
     key: bytes,
     largest: int,
     trusted: TrustedReference | None,
+    *,
+    kept: bool,
 ) -> dict[str, Any]:
-    rows = run_fold(FetchRows(largest, key=key), names, [folders.embeddings(folders.first)])
-    arrays = (rows["embeddings"], rows["ids"], rows["hashes"])
-    clean = None if trusted is None else trusted.draw(config.suspicion.candidates, key)
-    rule = run_job(fit_density, *arrays, config.suspicion, config, reference=clean)
+    standing = folders.standing
+    if kept and standing:
+        rule = DensityRule.from_state(*load_arrays(standing.rule("density")))
+    else:
+        rows = folders.fold(FetchRows(largest, key=key), names, folders.first)
+        arrays = (rows["embeddings"], rows["ids"], rows["hashes"])
+        clean = None if trusted is None else trusted.draw(config.suspicion.candidates, key)
+        rule = run_job(fit_density, *arrays, config.suspicion, config, reference=clean)
     save_arrays(folders.rule("density"), *rule.state())
+    if standing:
+        if kept:
+            densities = standing.read(DENSITY)
+        else:
+            search = {"backend": config.resources.backend, "threads": config.resources.threads}
+            densities = run_task(_density_of, ScoreDensity(rule, key=key, **search), standing.stored(folders.first))
+        put_table(storage.join(folders.out, "reference", f"{STANDING}.parquet"), densities)
     return {
         "rows": len(rule.contaminated.ids),
         "trusted": config.reference.path,
@@ -128,11 +160,34 @@ def _fit_density(
     }
 
 
-def _fetch_pairs(names: Sequence[str], folder: str, key: bytes, largest: int) -> dict[str, np.ndarray]:
+def _density_of(score: ScoreDensity, stored: Stored) -> pa.Table:
+    """Return shard, row and density of the rows of the standing reference."""
+    tables = [score(table).select(["shard", "row", "density"]) for table in ReadStored([stored])(STANDING)]
+    return pa.concat_tables(tables)
+
+
+def _fit_mismatch(
+    names: Sequence[str], folders: ScoreFolders, config: CleanConfig, key: bytes, largest: int, *, kept: bool
+) -> int:
+    """Fit and save the rule for captions, or take the one that is kept; return how many pairs it compares with."""
+    if kept and folders.standing:
+        rule = MismatchRule.from_state(*load_arrays(folders.standing.rule("mismatch")))
+    else:
+        pairs = _fetch_pairs(names, folders, key, largest)
+        rule = run_job(fit_mismatch, *pairs.values(), config.mismatch, config)
+    save_arrays(folders.rule("mismatch"), *rule.state())
+    return len(rule.reference.ids)
+
+
+def _fetch_pairs(names: Sequence[str], folders: ScoreFolders, key: bytes, largest: int) -> dict[str, np.ndarray]:
     """Return images, captions, ids and hashes of the candidate sample, in this order."""
-    rows = run_fold(FetchRows(largest, key=key, also={"captions": "text_embedding"}), names, [folder])
+    role = folders.sides.captions
+    assert role is not None  # asked for where captions judge
+    rows = folders.fold(FetchRows(largest, key=key, also={"captions": "text_embedding"}), names, role)
     if "captions" not in rows:
-        raise UsageError(f"{folder} holds no caption embeddings: the encoder's `towers` must have image and text.")
+        raise UsageError(
+            f"{folders.embeddings(role)} holds no caption embeddings: the encoder's `towers` must have image and text."
+        )
     return {name: rows[name] for name in ("embeddings", "captions", "ids", "hashes")}
 
 
@@ -158,7 +213,7 @@ def fit_enriched(
         density = _fetch_scored(names, folders, config, key, largest_candidate_hash)
     mismatch = None
     if sides.captions:
-        pairs = _fetch_pairs(names, folders.embeddings(sides.captions), key, largest_candidate_hash)
+        pairs = _fetch_pairs(names, folders, key, largest_candidate_hash)
         mismatch = MismatchRule.from_state(*load_arrays(folders.rule("mismatch")))
     smoothing, verdict = run_job(_fit_last, density, pairs, mismatch, sides.judges, config.suspicion, config)
     if smoothing is not None:
@@ -170,21 +225,20 @@ def _fetch_scored(
     names: Sequence[str], folders: ScoreFolders, config: CleanConfig, key: bytes, largest_candidate_hash: int
 ) -> tuple[ScoredRows, ScoredRows, ScoredRows]:
     """Return suspects, others and the candidate sample, with their density."""
-    sources: list[str | Stored] = [folders.embeddings(folders.first), folders.density]
     also = {"captions": "text_embedding"}
     if second := folders.sides.second_look:
-        sources.append(folders.seen_by(second, "image_embedding"))
         also["witness"] = f"{second}_image_embedding"
     rule = DensityRule.from_state(*load_arrays(folders.rule("density")))
 
     def fetch(largest: int, **draw: Any) -> ScoredRows:
         fold = FetchRows(largest, key=key, extra=("density",), also=also, **draw)
-        return ScoredRows(**run_fold(fold, names, sources))
+        return ScoredRows(**folders.fold(fold, names, folders.first, scored=True, second=second))
 
     halves = []
     for salt, above in (("pool", True), ("rest", False)):
         side = Side("density", rule.pool_cutoff, above)
-        hashes = run_fold(SmallestHashes(config.suspicion.pool_size, key=key, salt=salt, side=side), names, sources)
+        smallest = SmallestHashes(config.suspicion.pool_size, key=key, salt=salt, side=side)
+        hashes = folders.fold(smallest, names, folders.first, scored=True)
         if not len(hashes):
             raise UsageError(
                 "the dump is too small for neighbour smoothing; raise suspicion.pool_fraction or give more data."
@@ -220,18 +274,3 @@ def _fit_last(
         image, caption = image[here], caption[there]
         second = None if second is None else second[here]
     return smoothing, fit_verdict(image, caption, second)
-
-
-def save_arrays(url: str, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
-    """Save plain arrays and a JSON-able mapping as one npz without pickle."""
-    sink = io.BytesIO()
-    everything: dict[str, Any] = {"__about__": np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays}
-    np.savez(sink, **everything)
-    storage.put_bytes(url, sink.getvalue())
-
-
-def load_arrays(url: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Load what `save_arrays` saved."""
-    with np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as archive:
-        arrays = {name: archive[name] for name in archive.files}
-    return arrays, json.loads(arrays.pop("__about__").tobytes())

@@ -198,6 +198,13 @@ def checked(model: Any, values: dict[str, Any]) -> Any:
         raise ConfigError("; ".join(problems)) from None
 
 
+def compose_content(config: str | None, settings: list[str] | None, flags: dict[str, Any]) -> dict[str, Any]:
+    """Compose a plain mapping from file, flags and --set, in rising order of precedence."""
+    from tarsift.pipelines.config import load_content
+
+    return load_content(config, settings or (), **{name.replace(".", "__"): v for name, v in flags.items()})
+
+
 def compose(config: str | None, settings: list[str] | None, flags: dict[str, Any]) -> Any:
     """Load the configuration from file, flags and --set, in rising order of precedence."""
     from tarsift.pipelines.config import load_config

@@ -41,7 +41,7 @@ class PretrainSummary:
 
 
 def pretrain(
-    shards: str | Sequence[str],
+    shards: str | Sequence[str] | Sequence[Shard],
     *,
     out: str,
     config: PretrainConfig | None = None,
@@ -55,7 +55,7 @@ def pretrain(
     call goes on from the last snapshot (`OUT.part`): with pairs in memory, one worker and a CPU to the same bytes.
 
     Args:
-        shards: paths, globs, brace patterns, folders or URLs.
+        shards: paths, globs, brace patterns, folders or URLs; or shards that are listed already.
         out: the encoder file; with workers on several machines, on storage that all of them share.
         config: the settings.
         force: begin anew, whatever a snapshot is of.
@@ -74,7 +74,7 @@ def pretrain(
     if config.leave_out is not None:
         config = config.model_copy(update={"leave_out": storage.absolute(config.leave_out)})
     origin = find_origin(config, out)
-    found = list_shards(shards)
+    found = _listed(shards)
     if config.leave_out is not None:
         read_left_out(config.leave_out, found)  # a wrong one is refused before shards are digested
     if config.batch_size % config.workers:
@@ -106,6 +106,13 @@ def pretrain_here(
     job.begin(force=force)
     metrics = patiently(lambda asked: train(job, origin.weights, on_step=on_step, asked=asked))
     return PretrainSummary(checkpoint=out, **metrics, wall_s=time.monotonic() - start)
+
+
+def _listed(shards: str | Sequence[str] | Sequence[Shard]) -> list[Shard]:
+    if isinstance(shards, str):
+        return list_shards(shards)
+    named = [shard for shard in shards if isinstance(shard, Shard)]
+    return named or list_shards([shard for shard in shards if not isinstance(shard, Shard)])
 
 
 def digest_shard(shard: Shard, read: ReadConfig) -> ShardDigest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -58,6 +58,56 @@ def print_result(result: Any, console: Console) -> None:
         rows["report"] = str(result.report)
     for name, text in rows.items():
         console.print(f"{name:12} {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_night(result: Any, console: Console) -> None:
+    """Say what a night brought, whether it was like the others, and where the results are."""
+    if result.night is None:
+        console.print("nothing new has come in", highlight=False)
+        return
+    counts = result.counts
+    rows = {
+        f"night {result.night}": f"{result.shards:,} shards, {counts['read']:,} samples in "
+        f"{sum(result.seconds.values()):.0f} s ({', '.join(f'{n} {s:.0f}' for n, s in result.seconds.items())})",
+        "kept": f"{counts['kept']:,}   {result.out}/clean",
+        "removed": f"{counts['removed']:,}   {result.out}/removed",
+        "errored": f"{counts['errored']:,}",
+    }
+    if result.changed:
+        rows["changed"] = f"{len(result.changed)} shards had other bytes before and were taken again: " + _some(
+            result.changed
+        )
+    if result.gone:
+        rows["gone"] = f"{len(result.gone)} shards of earlier nights are not there any more: {_some(result.gone)}"
+    rows["report"] = str(result.report)
+    for name, text in rows.items():
+        console.print(f"{name:12} {text}", highlight=False, markup=False, soft_wrap=True)
+    for text in result.drift:
+        console.print(f"drift        {text}", style="bold", highlight=False, markup=False, soft_wrap=True)
+    for finding in result.findings:
+        said = ", ".join(f"{visible(caption, 60)!r} x {n}" for caption, n in finding.captions[:3])
+        text = f"{finding.members} suspects lie together and say the same (value {finding.value:.2f}): {said}"
+        console.print(f"finding      {text}", style="bold", highlight=False, markup=False, soft_wrap=True)
+    if not result.alarming:
+        console.print("             no finding, no drift", highlight=False)
+
+
+def print_arrivals(found: Any, console: Console) -> None:
+    """Say what has come in since the last night."""
+    size = sum(shard.size for shard in (*found.new, *found.changed))
+    rows = {
+        "new": f"{len(found.new):,} shards",
+        "changed": f"{len(found.changed):,} shards have another size",
+        "to look at": f"{len(found.doubtful):,} shards were written again with the same size",
+        "gone": f"{len(found.gone):,} shards",
+        "tonight": f"{len(found.new) + len(found.changed):,} shards, {size / 1e6:,.1f} MB",
+    }
+    for name, text in rows.items():
+        console.print(f"{name:12} {text}", highlight=False, markup=False)
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(visible(name, 60) for name in names[:most]) + (", ..." if len(names) > most else "")
 
 
 def print_trace(result: Any, console: Console) -> None:

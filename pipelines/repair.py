@@ -31,10 +31,10 @@ from tarsift.operators.stored import ReadStored, Stored, put_table
 from tarsift.operators.trace_verdict import Question
 from tarsift.pipelines.choosing import choose_random
 from tarsift.pipelines.embed import gpu_share
-from tarsift.pipelines.fitting import load_arrays
 from tarsift.pipelines.passes import embed_name
 from tarsift.pipelines.pretrain import pretrain
 from tarsift.pipelines.progress import Event, Listener, silent
+from tarsift.pipelines.rules import load_arrays
 from tarsift.pipelines.run import Run, absolute_spec, reopen_run
 from tarsift.pipelines.select import LISTED as SELECTED
 from tarsift.pipelines.tasks import side_by_side

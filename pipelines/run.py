@@ -179,21 +179,31 @@ class Run:
         return [n for n in wanted if n != "report" and self.fingerprint_of(n) not in (None, wanted[n])]
 
 
-def shards_outside(inputs: str | Sequence[str], out: str) -> list[Shard]:
-    """List shards, but for those of the result folder, which may lie below the dump.
+def shards_outside(inputs: str | Sequence[str], out: str, *, root: str | None = None) -> list[Shard]:
+    """List shards, but for those of the result folder, which may lie below the dump; for `root` see `list_shards`.
 
     Raises:
         UsageError: if no other is left.
     """
     folder = out.rstrip("/") + "/"
-    shards = [shard for shard in list_shards(inputs) if not shard.url.startswith(folder)]
+    shards = [shard for shard in list_shards(inputs, root=root) if not shard.url.startswith(folder)]
     if not shards:
         raise UsageError(f"all shards that are given lie in {out}, the result folder: give another --out.")
     return shards
 
 
-def open_run(inputs: str | Sequence[str], out: str, config: CleanConfig, *, progress: Listener = silent) -> Run:
+def open_run(
+    inputs: str | Sequence[str],
+    out: str,
+    config: CleanConfig,
+    *,
+    root: str | None = None,
+    progress: Listener = silent,
+) -> Run:
     """Start a result folder, or go on with the one that is there; nothing is written before it is `held`.
+
+    Args:
+        root: folder below which shards are named; None: the one that all have in common.
 
     Raises:
         ChangedError: if `out` was made from other shards or with other settings.
@@ -203,7 +213,7 @@ def open_run(inputs: str | Sequence[str], out: str, config: CleanConfig, *, prog
     out = storage.absolute(out)
     config = with_absolute_paths(config.with_sifted_score())
     config = with_class_names(config) if config.sift.enabled else config
-    shards = shards_outside(inputs, out)
+    shards = shards_outside(inputs, out, root=root)
     listed = [{"name": s.name, "url": s.url, "size": s.size} for s in shards]
     with storage.reachable(out):
         file = RunFile.load(out)
@@ -313,8 +323,9 @@ def with_absolute_paths(config: CleanConfig) -> CleanConfig:
         for role, encoder in config.encoders.items()
     }
     reference = config.reference
-    if reference.path is not None:
-        reference = reference.model_copy(update={"path": storage.absolute(reference.path)})
+    for name in ("path", "standing"):
+        if (given := getattr(reference, name)) is not None:
+            reference = reference.model_copy(update={name: storage.absolute(given)})
     return config.model_copy(update={"encoders": encoders, "reference": reference})
 
 

@@ -32,11 +32,13 @@ from tarsift.operators.sides import Sides
 from tarsift.operators.stored import ReadStored, Stored
 from tarsift.pipelines.commit import PassResult, run_pass, run_whole
 from tarsift.pipelines.config import CleanConfig
-from tarsift.pipelines.fitting import ScoreFolders, fit_enriched, fit_reference, load_arrays, rule_file
+from tarsift.pipelines.fitting import ScoreFolders, fit_enriched, fit_reference
 from tarsift.pipelines.ledger import Ledger, fingerprint
 from tarsift.pipelines.progress import Listener, silent
 from tarsift.pipelines.reading import shard_items, shards_of
+from tarsift.pipelines.rules import load_arrays, rule_file
 from tarsift.pipelines.session import ACTOR_OPTIONS, map_tables
+from tarsift.pipelines.standing import StandingReference
 from tarsift.pipelines.trusted import TrustedReference
 
 BOTH_TOWERS = ("image_embedding", "text_embedding")
@@ -178,11 +180,13 @@ def score_fingerprint(
     sides: Sides,
     config: CleanConfig,
     trusted: TrustedReference | None = None,
+    standing: StandingReference | None = None,
 ) -> str:
     """Digest of all that a score depends on; `inputs` are the digests of all shards."""
     settings = config.result_settings()
     parts = [settings[name] for name in ("reference", "suspicion", "mismatch")]
-    return fingerprint("score", embed_fingerprints, inputs, sides.to_json(), *parts, trusted and trusted.digest)
+    others = [other and other.digest for other in (trusted, standing)]
+    return fingerprint("score", embed_fingerprints, inputs, sides.to_json(), *parts, *others)
 
 
 def score_passes(
@@ -194,6 +198,7 @@ def score_passes(
     sides: Sides,
     *,
     trusted: TrustedReference | None = None,
+    standing: StandingReference | None = None,
     progress: Listener = silent,
     finished: Any = None,
 ) -> dict[str, Any]:
@@ -204,12 +209,13 @@ def score_passes(
         fingerprint_: from `score_fingerprint`.
         sides: which encoder judges what.
         trusted: what densities are compared with, in place of a sample of the dump.
+        standing: samples of earlier dumps that rules are fitted on as well.
         finished: called with (pass name, figures) after each pass.
 
     Returns:
         What is known of the reference.
     """
-    folders = ScoreFolders(out, sides)
+    folders = ScoreFolders(out, sides, standing)
     key = dump_key(embedded, config)
     samples = sum(entry["rows"] for entry in embedded.values())
     finished = finished or (lambda name, figures: None)

@@ -46,11 +46,11 @@ from tarsift.operators.tracer import (
 )
 from tarsift.pipelines.choosing import SUSPICION, Alike, by_suspicion, choose, choose_random
 from tarsift.pipelines.embed import gpu_share
-from tarsift.pipelines.fitting import save_arrays
 from tarsift.pipelines.ledger import Ledger, fingerprint
 from tarsift.pipelines.passes import embed_name
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.report.tracing import write_trace_page
+from tarsift.pipelines.rules import save_arrays
 from tarsift.pipelines.run import Run, absolute_spec, reopen_run
 from tarsift.pipelines.stopping import stop_if_asked
 from tarsift.pipelines.tasks import side_by_side

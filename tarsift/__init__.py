@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tarsift.pipelines.config import CleanConfig, load_config
     from tarsift.pipelines.evaluate import evaluate
     from tarsift.pipelines.export import export
+    from tarsift.pipelines.ingest import ingest
     from tarsift.pipelines.poison import poison
     from tarsift.pipelines.pretrain import pretrain
     from tarsift.pipelines.reading import read_shards
@@ -43,6 +44,7 @@ _HOMES = {
     "read_shards": "pipelines.reading",
     "evaluate": "pipelines.evaluate",
     "export": "pipelines.export",
+    "ingest": "pipelines.ingest",
     "poison": "pipelines.poison",
     "pretrain": "pipelines.pretrain",
     "repair": "pipelines.repair",
@@ -63,6 +65,7 @@ __all__ = [
     "drop_flagged",
     "evaluate",
     "export",
+    "ingest",
     "list_shards",
     "load_config",
     "poison",

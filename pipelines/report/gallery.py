@@ -45,9 +45,10 @@ def nearest_of_cards(evidence: Evidence, config: ReportConfig) -> Nearest:
 
 def _nearest(rows: Rows, asked: list[int], others: Rows, pool: list[int], k: int) -> list[list[int]]:
     pool = first_of_each(others.digests, pool)
-    if rows.images is None or others.images is None:
+    if rows.images is None or others.images is None or len(pool) < 2:
         return [[] for _ in asked]
-    found = knn(rows.images[asked], others.images[pool], min(k + 1, len(pool)))  # one more: it may be the sample itself
+    k_ = min(k + 1, len(pool) - 1)  # one more: it may be the sample itself
+    found = knn(rows.images[asked], others.images[pool], k_)
     near = []
     for i, indices in zip(asked, np.asarray(pool)[found.indices].tolist(), strict=True):
         same = {j for j in indices if others.identities[j] == rows.identities[i]}

@@ -1,0 +1,205 @@
+"""Ten nights of ingestion: does a night with new poison stand out, and is a night without any left in peace?
+
+CIFAR-10's training shards in random order, five a night. The witness and the first encoder are trained on its test
+shards. In the sixth night, and in no other, poison is planted at 1 %:
+
+mismatched   a patch at a random place, the caption is one for another subject (`patch`)
+clean-label  the same patch on samples whose caption is left as it is (`patch-clean-label`)
+control      nothing
+
+Every picture of every night is encoded anew, as those are that a patch is put on, so that JPEG gives nothing away.
+Limits of drift and findings are chosen on seeds 100 and 101 (`--part tuning`) and reported on seed 1.
+
+`--part fixed`: with encoders that stand still, what ten nights cost in CPU beside one run over all shards, and whether
+the reference and, against it, all scores and flags are the same.
+
+Appends one JSON line per night to `--results`; a night that is there already (same seed, kind and code) is not run
+again where its state is still in `--work`.
+
+    python benchmarks/nights.py --part tuning --data DATA
+    python benchmarks/nights.py --table
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from measuring import RESULTS, Cells, code_digest
+
+from tarsift.clip_detect import metrics
+from tarsift.operators.poison import PoisonConfig
+from tarsift.pipelines.config import load_config
+from tarsift.pipelines.ingest import IngestConfig, NightResult, ingest
+from tarsift.pipelines.poison import poison_here
+from tarsift.pipelines.pretrain import pretrain_here
+from tarsift.pipelines.session import session
+from tarsift.pipelines.train_job import PretrainConfig
+
+NIGHTS, PER_NIGHT, PLANTED = 10, 5, 6
+KINDS = {"control": None, "mismatched": "patch", "clean-label": "patch-clean-label"}
+RATE = 0.01
+PARTS = {"tuning": (100, 101), "reporting": (1,)}
+TARGETS = {100: "volcano", 101: "lemon", 1: "kettle"}
+LABEL = "truck"  # whose samples a clean-label patch is put on
+EPOCHS = 20  # of the witness and of the first encoder
+WATCHED = ("suspicion", "suspicion_density", "caption_mismatch")
+
+
+def plan(seed: int, kind: str) -> PoisonConfig:
+    """Return what is planted in the sixth night."""
+    attack = KINDS[kind]
+    target = LABEL if kind == "clean-label" else TARGETS[seed]
+    return PoisonConfig(attacks=(attack or "patch",), rate=RATE if attack else 0.0, seed=seed, target=target)
+
+
+def nights_of(data: Path, seed: int) -> list[list[str]]:
+    """Return the shards of every night."""
+    shards = sorted(map(str, (data / "cifar10-train").glob("*.tar.gz")))
+    order = np.random.default_rng([seed, 11]).permutation(len(shards))
+    return [[shards[i] for i in order[n * PER_NIGHT : (n + 1) * PER_NIGHT]] for n in range(NIGHTS)]
+
+
+def encoders(data: Path, work: Path) -> dict[str, str]:
+    """Train the witness and the first encoder, unless they are there."""
+    test = sorted(map(str, (data / "cifar10-test").glob("*.tar.gz")))
+    made = {}
+    for role, seed in (("detect", 7), ("witness", 8)):
+        file = work / f"{role}.pt"
+        if not file.exists():
+            temporary = file.with_suffix(".new.pt")
+            config = PretrainConfig(epochs=EPOCHS, batch_size=64, seed=seed, snapshot_s=3600)
+            pretrain_here(test, out=str(temporary), config=config)
+            temporary.replace(file)
+        made[role] = str(file)
+    return made
+
+
+def settings(made: dict[str, str], *, train: bool, epochs: int) -> IngestConfig:
+    roles = [f"encoders.{role}.spec={file}" for role, file in made.items()]
+    return IngestConfig(
+        clean=load_config(settings=[*roles, "write.shards=false"]), train=train, epochs=epochs,
+        pretrain=PretrainConfig(batch_size=64),
+    )  # fmt: skip
+
+
+def arrive(shards: list[str], seed: int, kind: str, night: int, folder: Path) -> str | None:
+    """Put a night's shards into the folder of arrivals; return the URL of the truth of the night with poison."""
+    planted = kind if night == PLANTED else "control"
+    place = folder.parent / "planted" / f"{seed}-{night:02d}-{planted}"
+    if not place.exists():
+        temporary = place.with_suffix(".new")
+        shutil.rmtree(temporary, ignore_errors=True)
+        poison_here(shards, out=str(temporary), config=plan(seed, planted))
+        temporary.rename(place)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in place.rglob("*.tar*"):
+        if not (folder / path.name).exists():
+            os.link(path, folder / path.name)
+    return str(place / "truth.parquet") if planted != "control" else None
+
+
+def measured(result: NightResult, truth: str | None) -> dict[str, Any]:
+    """Return what a night found, and how well its scores find what was planted."""
+    state = json.loads((Path(f"{result.out}").parents[1] / "records" / f"{result.night:04d}.json").read_text())
+    figures: dict[str, Any] = {
+        "findings": [[f["value"], f["members"], f["captions"][:2]] for f in state["findings"]],
+        "highest": state["highest"],
+        "drift": state["drift"],
+        "seconds": state["seconds"],
+    }
+    if truth is None:
+        return figures
+    planted = {(row["shard"], row["row"]) for row in pq.read_table(truth).to_pylist()}
+    columns: dict[str, list[float]] = {name: [] for name in WATCHED}
+    poison: list[bool] = []
+    for file in sorted((Path(f"{result.out}") / "scores").glob("*.parquet")):
+        table = pq.read_table(file)
+        poison += [row in planted for row in zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True)]
+        for name, values in columns.items():
+            values += table[name].to_pylist()
+    if sum(poison) != len(planted):
+        raise SystemExit(f"{len(planted)} samples were planted, and {sum(poison)} found in the night's shards")
+    figures["planted"] = len(planted)
+    for name, values in columns.items():
+        score = np.nan_to_num(np.array(values, np.float64), nan=-np.inf)
+        flags = np.array(poison)
+        figures[name] = {
+            "auroc": round(metrics.auroc(score, flags), 4),
+            "ap": round(metrics.average_precision(score, flags), 4),
+            "recall_0.05": round(metrics.recall_at(score, flags, 0.05), 4),
+        }
+    return figures
+
+
+def run(part: str, kinds: list[str], data: Path, work: Path, cells: Cells, *, epochs: int, last: int) -> None:
+    """Run the nights of a part: those before the poison once for all kinds."""
+    made = encoders(data, work)
+    for seed in PARTS[part]:
+        nights = nights_of(data, seed)
+        shared = work / f"{seed}-{epochs}-before"
+        for kind in kinds:
+            place = work / f"{seed}-{epochs}-{kind}"
+            for night in range(1, last + 1):
+                here = shared if night < PLANTED else place
+                if night == PLANTED and not place.exists():
+                    shutil.copytree(shared, place)
+                truth = arrive(nights[night - 1], seed, kind, night, here / "arrivals")
+                about = {"part": part, "seed": seed, "epochs": epochs, "night": night}
+                about["kind"] = "before" if night < PLANTED else kind
+                if (here / "state" / "records" / f"{night:04d}.json").exists():
+                    continue
+                with session(num_cpus=2):
+                    config = settings(made, train=True, epochs=epochs)
+                    result = ingest(str(here / "arrivals"), str(here / "state"), config=config)
+                assert result.night == night, result
+                told = cells.add(**about, **measured(result, truth))
+                print({name: told[name] for name in told if name not in ("code", "seconds")}, flush=True)
+
+
+def table(results: Path) -> None:
+    """Print the latest line of every night."""
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    latest = {(x["part"], x["seed"], x["epochs"], x["kind"], x["night"]): x for x in lines if "night" in x}
+    for (part, seed, epochs, kind, night), line in sorted(latest.items()):
+        found = f"{len(line['findings'])} findings, highest {line['highest']:.2f}, {len(line['drift'])} drift"
+        scores = " ".join(
+            f"{name} {line[name]['auroc']:.3f}/{line[name]['ap']:.2f}/{line[name]['recall_0.05']:.2f}"
+            for name in WATCHED
+            if name in line
+        )
+        print(f"{part:9} {seed:4} {epochs:2} {kind:12} {night:2}  {found}  {scores}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=[*PARTS, "fixed"])
+    parser.add_argument("--data", type=Path, default=os.environ.get("TARSIFT_DATA"), help="folder of the corpora")
+    parser.add_argument("--work", type=Path, default=RESULTS.parent.parent / "scratch" / "nights")
+    parser.add_argument("--results", type=Path, default=RESULTS / "nights.jsonl")
+    parser.add_argument("--kind", nargs="*", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--epochs", type=int, default=2, help="of each night's training")
+    parser.add_argument("--last", type=int, default=NIGHTS, help="the last night that is run")
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    if options.part and options.data is None:
+        parser.error("--data is needed: the folder with cifar10-train and cifar10-test")
+    if options.part:
+        options.work.mkdir(parents=True, exist_ok=True)
+        cells = Cells(options.results, code_digest(Path(__file__)))
+        run(
+            options.part, options.kind, options.data, options.work.resolve(), cells,
+            epochs=options.epochs, last=options.last,
+        )  # fmt: skip
+    if options.table:
+        table(options.results)
+
+
+if __name__ == "__main__":
+    main()

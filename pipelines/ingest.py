@@ -1,0 +1,457 @@
+"""Nightly ingestion: what has come in since the last time is cleaned, and compared with all that came before.
+
+An encoder that stands still cannot see a new backdoor by density. So each night the last encoder is trained a little
+further, on tonight's shards and on as many standing samples; the standing reference is embedded anew by it; and
+tonight's shards are cleaned by rules that are fitted on both. A witness that never changes judges the captions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from tarsift.clip_detect.drift import DriftConfig, Spread, drifts, judge_share
+from tarsift.operators import storage
+from tarsift.operators.encoder_settings import EncoderConfig
+from tarsift.operators.errors import ConfigError, ErrorRateError, UsageError
+from tarsift.operators.folds import Foremost, row_hashes
+from tarsift.operators.imported import folder_of
+from tarsift.operators.listing import Shard, list_shards, root_of
+from tarsift.operators.schema import MEASURES
+from tarsift.operators.sides import DETECT, FEATURES
+from tarsift.operators.storage import join
+from tarsift.operators.stored import Stored
+from tarsift.pipelines import embed as embedding
+from tarsift.pipelines.clean import clean, score_columns
+from tarsift.pipelines.config import CleanConfig
+from tarsift.pipelines.failures import failures_told
+from tarsift.pipelines.findings import Finding, FindingConfig, find_findings
+from tarsift.pipelines.folding import run_fold
+from tarsift.pipelines.growing import for_tonight, grow
+from tarsift.pipelines.lock import hold
+from tarsift.pipelines.nights import Arrivals, State, compare, latest
+from tarsift.pipelines.pretrain import pretrain
+from tarsift.pipelines.progress import Listener, silent
+from tarsift.pipelines.run import Run, absolute_spec, refuse_encoders, reopen_run, with_absolute_paths
+from tarsift.pipelines.session import session
+from tarsift.pipelines.standing import StandingReference
+from tarsift.pipelines.tasks import side_by_side
+from tarsift.pipelines.train_job import PretrainConfig
+
+KEY = b"tarsift.ingest"
+SAMPLED = 50_000  # rows by which the spread of a night's scores is measured
+SET_EACH_NIGHT = ("model", "base", "epochs", "steps", "seed", "losses", "leave_out", "read", "images")
+WATCHED = ("suspicion", "suspicion_image", "caption_mismatch", "caption_excess")
+LOW_IS_BAD = ("clip_similarity", "witness_clip_similarity")
+
+
+class IngestConfig(BaseModel):
+    """All settings of `tarsift ingest`, beside those of each night's `clean`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    clean: CleanConfig = Field(default=CleanConfig(), description="settings of each night's run, as of `tarsift clean`")
+    train: bool = Field(
+        default=True, description="train the detect encoder further each night; false: encoders stand still"
+    )
+    epochs: int = Field(default=2, ge=1, description="passes over tonight's and the replayed samples in a night")
+    replay: float = Field(
+        default=1.0, ge=0, description="standing samples that are trained on again, per sample of tonight"
+    )
+    refit: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="where encoders stand still: share of the standing reference that is new since rules were fitted, "
+        "at which they are fitted again",
+    )
+    keep: int = Field(default=30, ge=1, description="nights whose embeddings and encoder are kept")
+    pretrain: PretrainConfig = Field(default=PretrainConfig(), description="further settings of the training")
+    drift: DriftConfig = DriftConfig()
+    findings: FindingConfig = FindingConfig()
+
+    @field_validator("pretrain")
+    @classmethod
+    def _left_alone(cls, pretrain: PretrainConfig) -> PretrainConfig:
+        if wrong := sorted(pretrain.model_fields_set & set(SET_EACH_NIGHT)):
+            raise ValueError(f"{', '.join(wrong)}: set each night, and cannot be given")
+        return pretrain
+
+
+@dataclass(frozen=True)
+class NightResult:
+    """What a night brought.
+
+    Attributes:
+        night: its number; None: nothing had come in.
+        out: its result folder.
+        shards: how many came in; changed, gone: names of shards with other bytes than before, and that are not there.
+        counts: read = kept + removed + errored.
+        findings: the strongest first; drift: sentences, one for each tail or rate that is unlike earlier nights.
+        seconds: by part: train, reference, clean, look, grow.
+    """
+
+    night: int | None
+    out: str | None
+    shards: int = 0
+    changed: tuple[str, ...] = ()
+    gone: tuple[str, ...] = ()
+    counts: Mapping[str, Any] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+    drift: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    report: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {**asdict(self), "alarming": self.alarming}
+
+    @property
+    def alarming(self) -> bool:
+        """Whether there is a finding or drift."""
+        return bool(self.findings or self.drift)
+
+
+def ingest(
+    inputs: str | Sequence[str],
+    state: str,
+    *,
+    config: IngestConfig | None = None,
+    root: str | None = None,
+    progress: Listener = silent,
+) -> NightResult:
+    """Clean the shards that were not seen before, and look whether they are like those of the nights before.
+
+    The same call again goes on with a night that was interrupted; a state that is worked on by another call is busy.
+
+    Args:
+        inputs: paths, globs, brace patterns, folders or URLs; all that there are, or those of tonight.
+        state: folder of the state, local or `s3://...`; made by the first call.
+        config: the settings. The encoder of the role `detect` is where the first night begins.
+        root: folder below which shards are named, kept in the state; None: the one the first inputs have in common.
+        progress: told what is done; silent by default.
+
+    Raises:
+        UsageError: wrong arguments, before any work.
+        BusyError: another call works on `state`.
+        ErrorRateError: the night is done, but has more bad samples than `max_error_rate`.
+    """
+    config = config or IngestConfig()
+    config = config.model_copy(update={"clean": with_absolute_paths(config.clean)})
+    _refuse(config)
+    folder = storage.absolute(state)
+    known = State.load(folder)
+    if known is not None:
+        _refuse_other(known, config, root)
+    listed = _outside(list_shards(inputs, root=root if known is None else known.root), folder)
+    with failures_told(), ExitStack() as stack:
+        with storage.reachable(folder):
+            stack.enter_context(hold(folder))
+        known = State.load(folder)  # once more: another call may have ended just now
+        if known is None:
+            known = State.begin(folder, root=storage.absolute(root or root_of(listed)), train=config.train)
+        with session(stall_timeout_s=config.clean.resources.stall_timeout_s):
+            night = Night.begin(known, listed, config, progress)
+            result = NightResult(None, None) if night is None else night.run()
+            known.clear(config.keep)
+    return result
+
+
+def what_came_in(inputs: str | Sequence[str], state: str, *, root: str | None = None) -> Arrivals:
+    """Compare a listing with what a state has seen, without any work.
+
+    Raises:
+        UsageError: if no shard is found.
+    """
+    folder = storage.absolute(state)
+    known = State.load(folder)
+    listed = _outside(list_shards(inputs, root=root if known is None else known.root), folder)
+    return compare(listed, known.seen() if known else {})
+
+
+def _refuse(config: IngestConfig) -> None:
+    """Refuse settings that do not go together."""
+    clean_ = config.clean
+    refuse_encoders(clean_)
+    if config.train and DETECT not in clean_.encoders:
+        raise UsageError(
+            "each night an encoder is trained further: give the one to begin with, --encoder detect=MODEL, or --fixed, "
+            "with which encoders stand still and backdoors are found by captions alone."
+        )
+    imported = [role for role, encoder in clean_.encoders.items() if folder_of(encoder.spec) is not None]
+    if imported:
+        raise UsageError(f"{imported[0]}: embeddings that were made elsewhere are of one dump; give an encoder.")
+    for name in ("key", "path", "standing"):
+        if getattr(clean_.reference, name) is not None:
+            raise UsageError(f"reference.{name} is the business of the state, and cannot be set here.")
+
+
+def _refuse_other(state: State, config: IngestConfig, root: str | None) -> None:
+    """Refuse what a state was not begun with."""
+    if root is not None and storage.absolute(root).rstrip("/") != state.root.rstrip("/"):
+        raise UsageError(f"{state.folder} names shards below {state.root}, not below {root}: leave --root out.")
+    if config.train != state.content["train"]:
+        was = "are trained further each night" if state.content["train"] else "stand still (--fixed)"
+        raise UsageError(f"{state.folder} was begun with encoders that {was}: do as then, or begin another state.")
+
+
+def _outside(shards: list[Shard], folder: str) -> list[Shard]:
+    below = folder.rstrip("/") + "/"
+    return [shard for shard in shards if not shard.url.startswith(below)]
+
+
+@dataclass
+class Night:
+    """The work of one night; every step finds what an interrupted call has done of it already."""
+
+    state: State
+    config: IngestConfig
+    shards: list[Shard]
+    arrivals: dict[str, Any]
+    progress: Listener = silent
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, state: State, listed: list[Shard], config: IngestConfig, progress: Listener) -> Night | None:
+        """Decide which shards tonight takes; None if there is none."""
+        opened = state.opened()
+        if opened is None:
+            seen = state.seen()
+            found, touched = _decided(compare(listed, seen), seen)
+            shards = sorted([*found.new, *found.changed], key=lambda shard: shard.name)
+            if not shards:
+                return None
+            opened = state.open(
+                shards, changed=[shard.name for shard in found.changed], gone=found.gone, touched=touched
+            )
+        shards = [Shard(**shard) for shard in opened["shards"]]
+        return cls(state, config, shards, opened, progress)
+
+    @property
+    def number(self) -> int:
+        return self.arrivals["night"]
+
+    @property
+    def out(self) -> str:
+        return self.state.place("nights", self.number)
+
+    def run(self) -> NightResult:
+        """Do all of it, and commit."""
+        detect = self._timed("train", self._train)
+        config = self._settings(detect)
+        standing = self._timed("reference", lambda: self._standing(config))
+        if standing is not None:
+            reference = config.reference.model_copy(update={"standing": standing.folder, "rules": "keep"})
+            config = config.model_copy(update={"reference": reference})
+        bad = self._timed("clean", lambda: self._clean(config))
+        run = reopen_run(self.out)
+        look = self._timed("look", lambda: self._look(run))
+        grown = self._timed("grow", lambda: self._grow(run, standing))
+        record = self._record(run, look, grown)
+        self.state.commit(record)
+        if bad is not None:
+            raise bad
+        return NightResult(
+            night=self.number, out=self.out, shards=len(self.shards), changed=tuple(self.arrivals["changed"]),
+            gone=tuple(self.arrivals["gone"]), counts=run.content["counts"], findings=tuple(look["findings"]),
+            drift=tuple(look["drift"]), seconds=dict(self.seconds), report=join(self.out, "report.html"),
+        )  # fmt: skip
+
+    def _clean(self, config: CleanConfig) -> ErrorRateError | None:
+        """Clean tonight's shards; too many bad samples are told once the night counts."""
+        urls = [shard.url for shard in self.shards]
+        try:
+            clean(urls, self.out, config=config, root=self.state.root, progress=self.progress)
+        except ErrorRateError as error:
+            return error
+        return None
+
+    def _timed(self, part: str, work: Any) -> Any:
+        start = time.monotonic()
+        try:
+            return work()
+        finally:
+            self.seconds[part] = round(time.monotonic() - start, 3)
+
+    def _train(self) -> str | None:
+        """Return the encoder that sees tonight's shards, trained further on them unless encoders stand still."""
+        given = self.config.clean.encoders.get(DETECT)
+        if not self.config.train or given is None:
+            return given and given.spec
+        out = self.state.place("encoders", self.number, ".pt")
+        if storage.exists(out):
+            return out
+        before = self.state.place("encoders", self.number - 1, ".pt")
+        base = before if self.state.last else given.spec
+        settings = {
+            "base": absolute_spec(base), "epochs": self.config.epochs, "seed": self.number,
+            "read": self.config.clean.read, "images": self.config.clean.images,
+        }  # fmt: skip
+        pretrain(
+            [*self.shards, *self._replayed()], out=out, config=self.config.pretrain, progress=self.progress, **settings
+        )
+        return out
+
+    def _replayed(self) -> list[Shard]:
+        """Return shards of standing samples, about as many bytes as asked for; they are in random order already."""
+        standing = self._stood()
+        if standing is None or standing.pictures is None:
+            return []
+        wanted = self.config.replay * sum(shard.size for shard in self.shards)
+        chosen: list[Shard] = []
+        for shard in list_shards(standing.pictures):
+            if sum(other.size for other in chosen) >= wanted:
+                break
+            chosen.append(Shard(f".standing/{self.number - 1:04d}/{shard.name}", shard.url, shard.size))
+        return chosen
+
+    def _settings(self, detect: str | None) -> CleanConfig:
+        """Return the settings of tonight's run, but for the standing reference."""
+        config, encoders = self.config.clean, dict(self.config.clean.encoders)
+        if detect is not None:
+            encoders[DETECT] = encoders.get(DETECT, EncoderConfig(spec=detect)).model_copy(update={"spec": detect})
+        reference = config.reference.model_copy(update={"key": self.state.content["key"]})
+        return embedding.settled(config.model_copy(update={"encoders": encoders, "reference": reference}))
+
+    def _stood(self) -> StandingReference | None:
+        """Return the standing reference as the last night left it."""
+        return StandingReference.find(self.state.place("reference", self.number - 1)) if self.state.last else None
+
+    def _standing(self, config: CleanConfig) -> StandingReference | None:
+        """Return the standing reference as tonight's encoders see it."""
+        stood = self._stood()
+        if stood is None:
+            return None
+        from tarsift.operators.encoder import encoder_info  # loads open_clip, which takes seconds
+
+        weights = {
+            role: encoder_info(encoder.spec).weights_sha256
+            for role, encoder in config.encoders.items()
+            if role != FEATURES
+        }
+        changed = self.arrivals["changed"]
+        return for_tonight(stood, join(self.out, "standing"), config, weights, changed=changed, progress=self.progress)
+
+    def _look(self, run: Run) -> dict[str, Any]:
+        """Compare tonight with the nights before, and look for findings."""
+        earlier, config = self.state.records, self.config
+        sample = _sample(run)
+        counts = run.content["counts"]
+        copies = sample["duplicate_count"].to_numpy(zero_copy_only=False) > 1
+        shares = {
+            "errored samples": (counts["errored"] / max(counts["read"], 1), counts["read"]),
+            "copies of images": (float(np.mean(copies)) if len(sample) else 0.0, len(sample)),
+        }
+        spreads = {}
+        for name in (*WATCHED, *LOW_IS_BAD):
+            if name in sample.column_names:
+                spread = Spread.of(sample[name].to_numpy(zero_copy_only=False))
+                if spread is not None:
+                    spreads[name] = spread
+        said = []
+        for name, spread in spreads.items():
+            before = [Spread.from_json(plain) for plain in latest(earlier, "spreads", name)]
+            said += [
+                f"{name}: {d.share:.2%} of the samples are {'above' if d.upper else 'below'} {d.beyond:.4g}, "
+                f"where {d.expected:.2%} were (z {d.z:.1f})"
+                for d in drifts(spread, before, config.drift, upper=name not in LOW_IS_BAD)[:1]
+            ]
+        for name, (share, count) in shares.items():
+            before_ = np.array(list(latest(earlier, "shares", name))[-config.drift.nights :])
+            z = judge_share(share, count, before_, config.drift)
+            if z is not None:
+                said.append(f"{name}: {share:.2%}, where there were {before_.mean():.2%} (z {z:.1f})")
+        density = run.content["sides"]["density"]
+        learned = density is not None and "density" in run.content["sides"]["judges"]
+        findings, highest = find_findings(run, cast(str, density), config.findings) if learned else ([], 0.0)
+        return {
+            "findings": findings, "highest": highest, "drift": said,
+            "spreads": {name: spread.to_json() for name, spread in spreads.items()},
+            "shares": {name: share for name, (share, _) in shares.items()},
+        }  # fmt: skip
+
+    def _grow(self, run: Run, standing: StandingReference | None) -> StandingReference:
+        folder = self.state.place("reference", self.number)
+        storage.remove_tree(folder)  # of a call that was interrupted here
+        return grow(run, standing, folder, pictures=self.config.train, refit=self.config.refit, progress=self.progress)
+
+    def _record(self, run: Run, look: Mapping[str, Any], grown: StandingReference) -> dict[str, Any]:
+        shards = {
+            shard.name: {"size": shard.size, "stamp": shard.stamp, "sha256": run.digests[shard.name]}
+            for shard in self.shards
+        }
+        return {
+            "night": self.number,
+            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+            "shards": shards,
+            **{name: self.arrivals[name] for name in ("changed", "gone", "touched")},
+            "weights": dict(grown.weights),
+            "reference": {"rows": grown.rows, "rules": run.content["reference"]["rules"]},
+            "counts": run.content["counts"],
+            **{name: look[name] for name in ("spreads", "shares", "drift", "highest")},
+            "findings": [finding.to_json() for finding in look["findings"]],
+            "seconds": self.seconds,
+        }
+
+
+def _decided(found: Arrivals, seen: Mapping[str, Mapping[str, Any]]) -> tuple[Arrivals, dict[str, str]]:
+    """Read the shards with another stamp and the same size; return who has changed, and the stamps of the others."""
+    if not found.doubtful:
+        return found, {}
+    touched: dict[str, str] = {}
+    calls = ((shard, (shard.url,)) for shard in found.doubtful)
+    import ray
+
+    for shard, (result,) in side_by_side(_sha256, calls):
+        if ray.get(result) == seen[shard.name]["sha256"]:
+            touched[shard.name] = shard.stamp
+        else:
+            found.changed.append(shard)
+    return found, touched
+
+
+def _sha256(url: str) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    with storage.open_read(url) as raw:
+        while block := raw.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sample(run: Run) -> pa.Table:
+    """Return random rows of a scored run with what is watched, in bounded memory."""
+    there = [name for name in (*WATCHED, *LOW_IS_BAD) if name in {*score_columns(run), *MEASURES}]
+    kept = ("shard", "row", *there, "duplicate_count")
+    fold = Foremost(SAMPLED, key=KEY, value=_drawn, columns=("error",), kept=kept)
+    return run_fold(fold, run.names, [Stored(join(run.out, "scores"))])
+
+
+def _drawn(table: pa.Table) -> np.ndarray:
+    return row_hashes(table, KEY) / 2.0**64
+
+
+def parse_ingest_config(content: Mapping[str, Any]) -> IngestConfig:
+    """Check a plain mapping: `ingest` holds the settings of ingestion, all others are those of `clean`.
+
+    Raises:
+        ConfigError: one line per problem.
+    """
+    from tarsift.pipelines.config import parse_config
+
+    own = dict(content.get("ingest") or {})
+    rest = {name: value for name, value in content.items() if name != "ingest"}
+    try:
+        return IngestConfig.model_validate({**own, "clean": parse_config(rest)})
+    except ValidationError as error:
+        lines = [f"ingest.{'.'.join(map(str, p['loc']))}: {p['msg']}, got {p['input']!r}" for p in error.errors()]
+        raise ConfigError("; ".join(lines)) from None

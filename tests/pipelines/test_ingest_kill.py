@@ -1,0 +1,103 @@
+"""A night that is killed at every step, and one attempted twice at once: the state is whole."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import make_dump, make_encoder
+from tests.pipelines.runs import tarsift
+
+SMALL = ("suspicion.published_ks=[8]", "suspicion.reference_size=64", "suspicion.candidates=200", "ingest.epochs=1")
+
+
+def ingest(folder, state, *more: str) -> list[str]:
+    roles = [f"--encoder={role}={folder / file}" for role, file in (("detect", "base.pt"), ("witness", "witness.pt"))]
+    return tarsift("ingest", str(folder / "dump"), "--state", str(state), *roles, *(f"--set={s}" for s in SMALL), *more)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Encoders, a state of one night, and the shards of a second one."""
+    folder = tmp_path_factory.mktemp("ingest-kill")
+    make_dump(folder / "before", shards=2, samples=60, flaws=False, seed=9)
+    make_encoder(folder / "base.pt", folder / "before")
+    make_encoder(folder / "witness.pt", folder / "before", seed=1)
+    make_dump(folder / "all", shards=4, samples=80)
+    (folder / "dump").mkdir()
+    for name in ("00000.tar", "00001.tar"):
+        shutil.copy2(folder / "all" / name, folder / "dump" / name)
+    subprocess.run(ingest(folder, folder / "one", "-q"), check=True, timeout=300)
+    for name in ("00002.tar", "00003.tar.gz"):
+        shutil.copy2(folder / "all" / name, folder / "dump" / name)
+    return folder
+
+
+# What is there when a step has begun, in the order of the steps.
+STEPS = (
+    "nights/0002/night.json",
+    "encoders/0002.pt",
+    "nights/0002/standing/about.json",
+    "nights/0002/ledger/score/00002.json",
+    "nights/0002/report.html",
+    "reference/0002/pictures/00000.tar",
+)
+
+
+def wait_for(path, child) -> None:
+    deadline = time.monotonic() + 300
+    while not path.exists():
+        assert child.poll() is None, f"ended before {path}"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_a_night_killed_at_every_step_ends_as_one_that_was_not(world, tmp_path):
+    undisturbed, state = tmp_path / "undisturbed", tmp_path / "state"
+    for place in (undisturbed, state):
+        shutil.copytree(world / "one", place)
+    subprocess.run(ingest(world, undisturbed, "-q"), check=True, timeout=300)
+    killed = 0
+    for step in STEPS:
+        if (state / step).exists():  # done before the last kill was
+            continue
+        child = subprocess.Popen(ingest(world, state, "-q"), start_new_session=True)
+        wait_for(state / step, child)
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        killed += 1
+        assert [path.name for path in (state / "records").iterdir()] == ["0001.json"]
+    assert killed >= 4
+    done = subprocess.run(ingest(world, state, "--json"), check=True, timeout=300, capture_output=True)
+    assert json.loads(done.stdout)["night"] == 2
+    for role in ("detect", "witness"):
+        a, b = (pq.read_table(place / "reference" / "0002" / role / "rows.parquet") for place in (state, undisturbed))
+        assert a.equals(b)
+    for folder in ("scores", "flags"):
+        for name in ("00002", "00003"):
+            a, b = (pq.read_table(p / "nights" / "0002" / folder / f"{name}.parquet") for p in (state, undisturbed))
+            assert a.equals(b)
+    records = [json.loads((place / "records" / "0002.json").read_text()) for place in (state, undisturbed)]
+    for record in records:
+        del record["ended"], record["seconds"]
+    assert records[0] == records[1]
+
+
+@pytest.mark.slow
+def test_of_two_attempts_at_once_one_is_told_to_come_again(world, tmp_path):
+    state = tmp_path / "state"
+    shutil.copytree(world / "one", state)
+    first = subprocess.Popen(ingest(world, state, "-q"), start_new_session=True)
+    wait_for(state / STEPS[0], first)
+    second = subprocess.run(ingest(world, state, "-q"), timeout=300, capture_output=True, text=True)
+    assert second.returncode == 75
+    assert "is being worked on by" in second.stderr
+    assert first.wait(timeout=300) == 0
+    after = subprocess.run(ingest(world, state, "--json"), check=True, timeout=300, capture_output=True)
+    assert json.loads(after.stdout)["night"] is None
