@@ -13,10 +13,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from detect import PARTS, load, parser_of, require_data, run, success_of
+import numpy as np
+from detect import PARTS, figures, load, parser_of, require_data, score, scoring_digest, success_of
 from detect import cell as cell_of
-from zoo import Cell
+from measuring import Cells
+from zoo import Cell, make
 
 ATTACKS = ("patch", "blend")
 EPOCHS = (2, 4, 8, 15, 25)
@@ -32,6 +35,18 @@ def cells() -> list[Cell]:
         out += [replace(start, model=model, epochs=epochs) for model in MODELS for epochs in EPOCHS]
         out += [replace(start, epochs=epochs, base=True) for epochs in BASE_EPOCHS]
     return sorted(out, key=lambda cell: (cell.epochs or 0, cell.model))
+
+
+def run_cell(job: tuple[Cell, Path, Path]) -> dict[str, Any]:
+    """Make and score one cell."""
+    cell, data, cache = job
+    made = make(cell, data, cache)
+    losses = made.arrays["losses"]  # in few epochs a pair may be in no batch at all: it gets the mean of the others
+    arrays = {**made.arrays, "losses": np.where(np.isnan(losses), np.nanmean(losses), losses)}
+    columns = score(arrays)
+    poison = arrays["poison"] > 0
+    scores = {name: figures(column, poison) for name, column in columns.items()}
+    return {"cell": cell.settings, "made": cell.digest, **made.record, "scores": scores}
 
 
 def table(results: Path) -> None:
@@ -51,7 +66,11 @@ def main() -> None:
     options = parser.parse_args()
     if not options.table:
         require_data(parser, options)
-        run(cells(), options.data, options.cache, options.results, processes=options.processes)
+        done = Cells(options.results, scoring_digest())
+        jobs = [(cell, options.data, options.cache) for cell in cells() if not done.find(made=cell.digest)]
+        print(f"{len(jobs)} cells to do", flush=True)
+        for line in done.run(run_cell, jobs, processes=options.processes):
+            print(line["cell"]["attack"], line["cell"]["model"], line["cell"]["epochs"], line["scores"]["suspicion"])
     table(options.results)
 
 

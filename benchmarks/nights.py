@@ -11,7 +11,8 @@ Every picture of every night is encoded anew, as those are that a patch is put o
 Limits of drift and findings are chosen on seeds 100 and 101 (`--part tuning`) and reported on seed 1.
 
 `--part fixed`: with encoders that stand still, what ten nights cost in CPU beside one run over all shards, and whether
-the reference and, against it, all scores and flags are the same.
+the reference and, against it, all scores and flags are the same. Counted is the CPU time of all processes of a command,
+less that of the same command over one shard of 100 samples: what starting Ray and loading packages takes.
 
 Appends one JSON line per night to `--results`; a night that is there already (same seed, kind and code) is not run
 again where its state is still in `--work`.
@@ -23,17 +24,23 @@ again where its state is still in `--work`.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
-from measuring import RESULTS, Cells, code_digest
+from measuring import RESULTS, TARSIFT, Cells, code_digest
 
 from tarsift.clip_detect import metrics
+from tarsift.operators.folds import DrawnRows
 from tarsift.operators.poison import PoisonConfig
 from tarsift.pipelines.config import load_config
 from tarsift.pipelines.ingest import IngestConfig, NightResult, ingest
@@ -49,6 +56,7 @@ PARTS = {"tuning": (100, 101), "reporting": (1,)}
 TARGETS = {100: "volcano", 101: "lemon", 1: "kettle"}
 LABEL = "truck"  # whose samples a clean-label patch is put on
 EPOCHS = 20  # of the witness and of the first encoder
+SMALL = 100
 WATCHED = ("suspicion", "suspicion_density", "caption_mismatch")
 
 
@@ -163,6 +171,101 @@ def run(part: str, kinds: list[str], data: Path, work: Path, cells: Cells, *, ep
                 print({name: told[name] for name in told if name not in ("code", "seconds")}, flush=True)
 
 
+def small_shard(shard: str, folder: Path) -> Path:
+    """Write the first hundred samples of a shard as one of its own; return its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(shard) as source, tarfile.open(folder / "small.tar", "w") as sink:
+        keys: set[str] = set()
+        for member in source:
+            keys.add(member.name.partition(".")[0])
+            if len(keys) > SMALL:
+                break
+            sink.addfile(member, source.extractfile(member))
+    return folder
+
+
+def cpu_of(*arguments: str) -> float:
+    """Run a tarsift command and return the CPU seconds of all processes that it started, Ray's daemons included."""
+    code = (
+        "import ctypes, os, resource, subprocess, sys\n"
+        "ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)\n"  # PR_SET_CHILD_SUBREAPER: orphans are waited for here
+        "code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)\n"
+        "try:\n"
+        "    while True: os.wait()\n"
+        "except ChildProcessError: pass\n"
+        "spent = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+        "print(code, spent.ru_utime + spent.ru_stime)"
+    )
+    environment = {**os.environ, "RAY_ADDRESS": "local", **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(TARSIFT), *arguments], capture_output=True, text=True, env=environment
+    )
+    status, seconds = done.stdout.split()
+    if status != "0":
+        raise SystemExit(f"tarsift {' '.join(arguments)} ended with {status}: {done.stderr[-2000:]}")
+    return float(seconds)
+
+
+def fixed(data: Path, work: Path, cells: Cells) -> None:
+    """Compare ten nights with one run."""
+    made = encoders(data, work)
+    place = work / "fixed"
+    shutil.rmtree(place, ignore_errors=True)
+    roles = [f"--encoder={role}={file}" for role, file in made.items()]
+    nights = nights_of(data, 1)
+    small = small_shard(nights[0][0], place / "small")
+    few = ["--set", "suspicion.reference_size=64", "--set", "suspicion.published_ks=[8]"]
+    start = {
+        "night": cpu_of("ingest", str(small), "--state", str(place / "small-state"), "--fixed", "-q", *roles, *few),
+        "clean": cpu_of("clean", str(small), "--out", str(place / "small-out"), "-q", *roles, *few),
+    }
+    state, arrivals = place / "state", place / "arrivals"
+    arrivals.mkdir()
+    spent = []
+    for shards in nights:
+        for shard in shards:
+            shutil.copy2(shard, arrivals)
+        spent.append(cpu_of("ingest", str(arrivals), "--state", str(state), "--fixed", "-q", *roles))
+        print(f"night {len(spent)}: {spent[-1]:.1f} CPU-s", flush=True)
+    key = json.loads((state / "state.json").read_text())["key"]
+    one = cpu_of("clean", str(arrivals), "--out", str(place / "one"), "-q", *roles, "--set", f"reference.key={key}")
+    stands = state / "reference" / f"{NIGHTS:04d}"
+    against = ["--set", f"reference.key={key}", "--set", f"reference.standing={stands}"]
+    cpu_of("clean", str(arrivals), "--out", str(place / "against"), "-q", *roles, *against)
+    differ = [
+        f"{folder}/{file.name}"
+        for folder in ("scores", "flags")
+        for file in sorted((place / "one" / folder).glob("*.parquet"))
+        if not pq.read_table(file).equals(pq.read_table(place / "against" / folder / file.name))
+    ]
+    operators = {"nights": sum(spent) - NIGHTS * start["night"], "one": one - start["clean"]}
+    runs = [json.loads((state / "nights" / f"{n:04d}" / "run.json").read_text()) for n in range(1, NIGHTS + 1)]
+    line = cells.add(
+        part="fixed", start_cpu_s=start, nights_cpu_s=spent, one_cpu_s=one, operators_cpu_s=operators,
+        ratio=operators["nights"] / operators["one"], rules=[run["reference"]["rules"] for run in runs],
+        rows=same_rows(place, stands, key), differ=differ,
+    )  # fmt: skip
+    print({name: value for name, value in line.items() if name != "nights_cpu_s"})
+
+
+def same_rows(place: Path, stands: Path, key: str) -> dict[str, Any]:
+    """Compare the standing reference with the rows of smallest hash among all that one run has embedded."""
+    own = hashlib.sha256(key.encode()).digest()
+    found = {}
+    for role in ("detect", "witness"):
+        rows = pq.read_table(stands / role / "rows.parquet")
+        columns = ["shard", "row", "image_sha256", "error", "image_embedding", "text_embedding"]
+        table = pa.concat_tables(
+            [pq.read_table(f, columns=columns) for f in sorted((place / "one" / "embeddings" / role).glob("*.parquet"))]
+        )
+        fold = DrawnRows(2**64 - 1, key=own, columns=tuple(columns))
+        drawn = fold.finish(fold.add(fold.init(), table))
+        assert drawn is not None
+        first = drawn.slice(0, len(rows))
+        found[role] = {"rows": len(rows), "same": rows.select(first.column_names).cast(first.schema).equals(first)}
+    return found
+
+
 def table(results: Path) -> None:
     """Print the latest line of every night."""
     lines = [json.loads(line) for line in results.read_text().splitlines()]
@@ -193,6 +296,9 @@ def main() -> None:
     if options.part:
         options.work.mkdir(parents=True, exist_ok=True)
         cells = Cells(options.results, code_digest(Path(__file__)))
+        if options.part == "fixed":
+            fixed(options.data, options.work.resolve(), cells)
+            return
         run(
             options.part, options.kind, options.data, options.work.resolve(), cells,
             epochs=options.epochs, last=options.last,

@@ -16,9 +16,11 @@ IMAGE = "registry.example/tarsift:cpu"
 
 # The command. A run at two in the morning has the day before as its `ds`.
 COMMAND = [
-    "tarsift", "clean", "s3://bucket/dump/{{ ds }}/",
+    "tarsift", "ingest", "s3://bucket/dump/{{ ds }}/", "--root", "s3://bucket/dump/",
+    "--state", "s3://bucket/tarsift",
     "--encoder", "detect=RN50:s3://bucket/cc3m.pt",
-    "--out", "s3://bucket/clean/{{ ds }}",
+    "--encoder", "witness=ViT-B-32:s3://bucket/laion2b.pt",
+    "--fail-on-findings",
     "--workers", "4", "--gpus-per-worker", "1",
     "--set", "resources.stall_timeout_s=1800",
 ]  # fmt: skip
@@ -59,8 +61,8 @@ with DAG(
     tags=["tarsift"],
 ) as dag:
     WaitedJob(
-        task_id="clean",
-        name="tarsift-clean",
+        task_id="ingest",
+        name="tarsift-ingest",
         namespace=NAMESPACE,
         image=IMAGE,
         cmds=["tini", "--", "python", "/nightly/nightly.py"],

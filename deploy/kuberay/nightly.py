@@ -2,7 +2,7 @@
 
 Runs in a pod of a Kubernetes Job, which reads the exit code (cronjob.yaml, deploy/airflow/):
 
-    python nightly.py tarsift clean 's3://bucket/dump/{day}/' ...
+    python nightly.py tarsift ingest 's3://bucket/dump/{day}/' ...
 
 `{day}` is the day before the one on which the Job was scheduled, in UTC, however late it is tried again. The RayJob
 is rayjob.yaml beside this file with that command; it belongs to the Job, has its name, and goes when it goes.

@@ -39,7 +39,7 @@ def test_a_command_is_one_that_is_taken(where, words):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("tarsift ingest s3://bucket/dump", "ingest"),
+        ("tarsift swallow s3://bucket/dump", "swallow"),
         ("tarsift clean s3://bucket/dump", "--out"),
         ("tarsift clean s3://bucket/dump --out o --no-such-option", "no-such-option"),
         ("tarsift clean s3://bucket/dump --out o --workers 0", "greater than or equal to 1"),
