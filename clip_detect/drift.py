@@ -46,6 +46,10 @@ class Spread:
         there = there[~np.isnan(there)]
         return cls(np.quantile(there, LEVELS), len(there)) if len(there) else None
 
+    def at(self, level: float) -> float:
+        """Return the value that a share `level` of the values is below."""
+        return float(np.interp(level, LEVELS, self.quantiles))
+
     def share_above(self, value: float) -> float:
         """Share of the values above one, interpolated between quantiles."""
         return float(1 - np.interp(value, self.quantiles, LEVELS, left=0.0, right=1.0))
@@ -92,7 +96,7 @@ def drifts(
         return []
     found = []
     for level in sorted(UPPER if upper else LOWER, key=lambda level: -abs(level - 0.5)):
-        beyond = float(np.median([np.interp(level, LEVELS, spread.quantiles) for spread in known]))
+        beyond = float(np.median([spread.at(level) for spread in known]))
         shares = np.array([_beyond(spread, beyond, upper) for spread in known])
         share = _beyond(tonight, beyond, upper)
         judged = judge_share(share, tonight.count, shares, config)

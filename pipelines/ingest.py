@@ -40,6 +40,7 @@ from tarsift.pipelines.lock import hold
 from tarsift.pipelines.nights import Arrivals, State, compare, latest
 from tarsift.pipelines.pretrain import pretrain
 from tarsift.pipelines.progress import Listener, silent
+from tarsift.pipelines.report.nights import write_nights_page
 from tarsift.pipelines.run import Run, absolute_spec, refuse_encoders, reopen_run, with_absolute_paths
 from tarsift.pipelines.session import session
 from tarsift.pipelines.standing import StandingReference
@@ -97,6 +98,7 @@ class NightResult:
         counts: read = kept + removed + errored.
         findings: the strongest first; drift: sentences, one for each tail or rate that is unlike earlier nights.
         seconds: by part: train, reference, clean, look, grow.
+        report: page of the night; nights: that of all nights.
     """
 
     night: int | None
@@ -109,6 +111,7 @@ class NightResult:
     drift: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     report: str | None = None
+    nights: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -257,12 +260,13 @@ class Night:
         grown = self._timed("grow", lambda: self._grow(run, standing))
         record = self._record(run, look, grown)
         self.state.commit(record)
+        page = write_nights_page(self.state.folder, self.state.records, LOW_IS_BAD)
         if bad is not None:
             raise bad
         return NightResult(
             night=self.number, out=self.out, shards=len(self.shards), changed=tuple(self.arrivals["changed"]),
             gone=tuple(self.arrivals["gone"]), counts=run.content["counts"], findings=tuple(look["findings"]),
-            drift=tuple(look["drift"]), seconds=dict(self.seconds), report=join(self.out, "report.html"),
+            drift=tuple(look["drift"]), seconds=dict(self.seconds), report=join(self.out, "report.html"), nights=page,
         )  # fmt: skip
 
     def _clean(self, config: CleanConfig) -> ErrorRateError | None:

@@ -79,7 +79,7 @@ def print_night(result: Any, console: Console) -> None:
         )
     if result.gone:
         rows["gone"] = f"{len(result.gone)} shards of earlier nights are not there any more: {_some(result.gone)}"
-    rows["report"] = str(result.report)
+    rows |= {"report": str(result.report), "nights": str(result.nights)}
     for name, text in rows.items():
         console.print(f"{name:12} {text}", highlight=False, markup=False, soft_wrap=True)
     for text in result.drift:
