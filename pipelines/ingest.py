@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tarsift.clip_detect.drift import DriftConfig, Spread, drifts, judge_share
 from tarsift.operators import storage
 from tarsift.operators.encoder_settings import EncoderConfig
-from tarsift.operators.errors import ConfigError, ErrorRateError, UsageError
+from tarsift.operators.errors import ChangedError, ConfigError, ErrorRateError, UsageError
 from tarsift.operators.folds import Foremost, row_hashes
 from tarsift.operators.imported import folder_of
 from tarsift.operators.listing import Shard, list_shards, root_of
@@ -247,7 +247,20 @@ class Night:
         return self.state.place("nights", self.number)
 
     def run(self) -> NightResult:
-        """Do all of it, and commit."""
+        """Do all of it, and commit; what cannot be done with these shards or settings is forgotten.
+
+        Raises:
+            ChangedError: if it was begun with other settings; what was done is kept.
+        """
+        try:
+            return self._run()
+        except ChangedError as error:
+            raise ChangedError(f"{error} Or remove {self.out}: then the night begins anew.") from None
+        except UsageError:
+            self.state.abandon()
+            raise
+
+    def _run(self) -> NightResult:
         detect = self._timed("train", self._train)
         config = self._settings(detect)
         standing = self._timed("reference", lambda: self._standing(config))
@@ -290,10 +303,10 @@ class Night:
         given = self.config.clean.encoders.get(DETECT)
         if not self.config.train or given is None:
             return given and given.spec
-        out = self.state.place("encoders", self.number, ".pt")
+        out = self.state.encoder(self.number)
         if storage.exists(out):
             return out
-        before = self.state.place("encoders", self.number - 1, ".pt")
+        before = self.state.encoder(self.number - 1)
         base = before if self.state.last else given.spec
         settings = {
             "base": absolute_spec(base), "epochs": self.config.epochs, "seed": self.number,

@@ -1,8 +1,8 @@
 """What `tarsift ingest` keeps from night to night: which shards came in, and what each night was like.
 
     STATE/state.json         root, key and kind of the state, put once
-    STATE/nights/<n>/        the result folder of a night, and `night.json`: which shards it takes
-    STATE/encoders/<n>.pt    the encoder that was trained further in that night
+    STATE/nights/<n>/        the result folder of a night, with `night.json`: which shards it takes, and
+                             `encoder.pt`: the one that was trained further in it
     STATE/reference/<n>/     the standing reference after it
     STATE/records/<n>.json   the commit of the night: what came in, what was found; nothing of a night counts before it
 
@@ -26,7 +26,8 @@ from tarsift.pipelines.lock import fence
 
 VERSION = 1
 _AT_ONCE = 16  # requests to the store
-INTERMEDIATE = ("embeddings", "density", "reference", "standing")  # what older nights do without
+ENCODER = "encoder.pt"
+INTERMEDIATE = ("embeddings", "density", "reference", "standing")  # what older nights do without, beside the encoder
 REFERENCES_KEPT = 2
 
 
@@ -97,8 +98,12 @@ class State:
         return len(self.records) + 1
 
     def place(self, kind: str, night: int, suffix: str = "") -> str:
-        """Return where something of a night is: `nights`, `encoders`, `reference` or `records`."""
+        """Return where something of a night is: `nights`, `reference` or `records`."""
         return storage.join(self.folder, kind, f"{night:04d}{suffix}")
+
+    def encoder(self, night: int) -> str:
+        """Return where the encoder of a night is."""
+        return storage.join(self.place("nights", night), ENCODER)
 
     def seen(self) -> dict[str, dict[str, Any]]:
         """Return what is known of every shard that came in: size, stamp, sha256 and night."""
@@ -126,6 +131,11 @@ class State:
         storage.put_bytes(url, json.dumps(content, indent=1).encode())
         return content
 
+    def abandon(self) -> None:
+        """Forget that the next night was begun, with all that was done of it."""
+        fence(self.folder)
+        storage.remove_tree(self.place("nights", self.next))
+
     def commit(self, record: Mapping[str, Any]) -> None:
         """Put the record of the next night, which makes it count.
 
@@ -148,8 +158,8 @@ class State:
                 for name in INTERMEDIATE
                 if storage.list_files(storage.join(self.place("nights", night), name))
             ]
-            if storage.exists(self.place("encoders", night, ".pt")):
-                removed.append(self.place("encoders", night, ".pt"))
+            if storage.exists(self.encoder(night)):
+                removed.append(self.encoder(night))
         for night in range(1, self.next - REFERENCES_KEPT):
             if storage.list_files(self.place("reference", night)):
                 removed.append(self.place("reference", night))

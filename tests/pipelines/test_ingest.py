@@ -228,7 +228,7 @@ def test_nightly_training_embeds_the_standing_samples_anew(world, tmp_path, ray_
     embed(
         str(arrivals / "00000.tar"),
         str(tmp_path / "alone"),
-        config=load_config(settings=[f"encoders.detect.spec={state / 'encoders' / '0002.pt'}"]),
+        config=load_config(settings=[f"encoders.detect.spec={state / 'nights' / '0002' / 'encoder.pt'}"]),
     )
     alone = pq.read_table(tmp_path / "alone" / "embeddings" / "detect" / "00000.parquet")
     stands = pq.read_table(state / "nights" / "0002" / "standing" / "detect" / "rows.parquet")

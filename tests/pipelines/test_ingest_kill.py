@@ -41,7 +41,7 @@ def world(tmp_path_factory):
 # What is there when a step has begun, in the order of the steps.
 STEPS = (
     "nights/0002/night.json",
-    "encoders/0002.pt",
+    "nights/0002/encoder.pt",
     "nights/0002/standing/about.json",
     "nights/0002/ledger/score/00002.json",
     "nights/0002/report.html",

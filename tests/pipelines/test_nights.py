@@ -92,7 +92,7 @@ def test_what_old_nights_do_without_is_removed_and_their_verdicts_stay(tmp_path)
             for place in (
                 f"nights/{night:04d}/embeddings/detect/1.parquet",
                 f"nights/{night:04d}/flags/1.parquet",
-                f"encoders/{night:04d}.pt",
+                f"nights/{night:04d}/encoder.pt",
                 f"reference/{night:04d}/about.json",
             )
         ]
@@ -102,8 +102,10 @@ def test_what_old_nights_do_without_is_removed_and_their_verdicts_stay(tmp_path)
     state.clear(keep=3)
     left = {str(file.relative_to(tmp_path / "state")) for file in files if file.exists()}
     assert {f"nights/{n:04d}/flags/1.parquet" for n in range(1, 6)} <= left
-    assert {name for name in left if "embeddings" in name or "encoders" in name} == {
-        name for n in (3, 4, 5) for name in (f"nights/{n:04d}/embeddings/detect/1.parquet", f"encoders/{n:04d}.pt")
+    assert {name for name in left if "embeddings" in name or "encoder.pt" in name} == {
+        name
+        for n in (3, 4, 5)
+        for name in (f"nights/{n:04d}/embeddings/detect/1.parquet", f"nights/{n:04d}/encoder.pt")
     }
     assert {name for name in left if "reference" in name} == {f"reference/{n:04d}/about.json" for n in (4, 5)}
     assert state.clear(keep=3) == []

@@ -112,3 +112,25 @@ def test_evaluate(store):
     said = run(store, "evaluate", OUT, "--truth", f"{DUMP}/truth.parquet", "--json", rate=FEW_REQUESTS)
     assert json.loads(said)["poisoned"] == 9
     assert files_of(store).exists("bucket/out/evaluation.html")
+
+
+def test_ingest(store, folder):
+    """State, pictures and encoders in the store: a night, none, and one more."""
+    make_dump(folder / "before", shards=1, samples=40, flaws=False, seed=9)
+    make_encoder(folder / "base.pt", folder / "before", seed=2)
+    make_encoder(folder / "witness.pt", folder / "before", seed=3)
+    roles = [f"--encoder={role}={folder / file}" for role, file in (("detect", "base.pt"), ("witness", "witness.pt"))]
+    small = [f"--set={s}" for s in ("suspicion.published_ks=[8]", "suspicion.reference_size=64", "ingest.epochs=1")]
+    command = ["ingest", "s3://bucket/arrivals", "--state", "s3://bucket/state", *roles, *small]
+    files = files_of(store)
+    for name in ("00000.tar", "00002.tar.gz"):
+        files.put(str(folder / "dump" / name), f"bucket/arrivals/{name}")
+    assert "night 1" in run(store, *command)
+    assert "nothing new" in run(store, *command, rate=FEW_REQUESTS)
+    files.put(str(folder / "dump" / "00001.tar"), "bucket/arrivals/00001.tar")
+    assert "night 2" in run(store, *command)
+    record = json.loads(files.cat_file("bucket/state/records/0002.json"))
+    assert list(record["shards"]) == ["00001"]
+    assert record["counts"]["read"] == 60
+    assert files.exists("bucket/state/nights/0002/encoder.pt")
+    assert b"Night 2" in files.cat_file("bucket/state/report.html")
