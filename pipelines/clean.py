@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -56,6 +56,10 @@ class CleanResult:
     @property
     def clean_shards(self) -> str:
         return storage.join(self.out, "clean")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
 
 
 def embed_step(run: Run) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from tarsift.operators.errors import EXIT_CODES, Interrupted, TarsiftError
+from tarsift.pipelines import json_log
 from tarsift.pipelines.commands import aftermath, nightly, passes, workshop
 from tarsift.pipelines.commands import main as main_commands
 from tarsift.pipelines.printing import Screen, plain
@@ -46,8 +47,11 @@ def main() -> None:
     """Run the command line; exit codes are those of `tarsift.operators.errors.EXIT_CODES`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     stop_on_signals()
+    if json_log.asked_for():
+        _main_with_json_log()
     err = Screen(stderr=True)
     try:
+        json_log.refuse_unknown_format()
         app()
     except TarsiftError as error:
         err.print(f"[bold red]error:[/bold red] {plain(error)}", highlight=False, soft_wrap=True)
@@ -55,6 +59,25 @@ def main() -> None:
     except Exception:  # not foreseen, so told in full, as Python would; drivers put whole URLs into their errors
         err.print(plain(traceback.format_exc()), highlight=False, soft_wrap=True)
         sys.exit(EXIT_CODES["failed"])
+
+
+def _main_with_json_log() -> NoReturn:
+    """Do the same, with every error as a line of JSON, those of typer too."""
+    json_log.take_warnings()
+    try:
+        code = app(standalone_mode=False)  # the code of `typer.Exit`, or None
+    except TarsiftError as error:
+        json_log.write_error(str(error), error.exit_code, type=type(error).__name__)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # of typer: wrong options
+            code = getattr(error, "exit_code", EXIT_CODES["usage"])
+            json_log.write_error(error.format_message(), code, type=type(error).__name__)  # pyright: ignore
+            sys.exit(code)
+        told = {"type": type(error).__name__, "traceback": traceback.format_exc()}
+        json_log.write_error(str(error), EXIT_CODES["failed"], **told)
+        sys.exit(EXIT_CODES["failed"])
+    sys.exit(code if isinstance(code, int) else EXIT_CODES["done"])
 
 
 def program() -> None:

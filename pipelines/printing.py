@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tarsift.operators.storage import without_secrets
+from tarsift.pipelines import json_log
 from tarsift.pipelines.text import blanked, command, size, visible
 
 SHOWN_SHARDS = 20
@@ -26,8 +27,21 @@ class Screen(Console):
 
 
 def say(text: str, quiet: bool) -> None:
-    if not quiet:
+    """Say a sentence of what was done; in a line of the log where that is JSON."""
+    if quiet:
+        return
+    if json_log.asked_for():
+        json_log.write_line("message", message=text)
+    else:
         Screen().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Say on the standard error what did not work out, where work goes on all the same."""
+    if json_log.asked_for():
+        json_log.write_line("message", level="warning", message=text)
+    else:
+        Screen(stderr=True).print(plain(text), highlight=False, soft_wrap=True)
 
 
 def tried_again(requests: int) -> str:
@@ -35,8 +49,18 @@ def tried_again(requests: int) -> str:
     return f", {requests:,} requests to the store were tried again" if requests else ""
 
 
+def print_rows(rows: Mapping[str, str], console: Console, *, width: int = 12) -> None:
+    """Print a name and a text in each line; paths are not broken across lines."""
+    for name, text in rows.items():
+        console.print(f"{name:{width}} {text}", highlight=False, markup=False, soft_wrap=True)
+
+
 def print_result(result: Any, console: Console) -> None:
-    """Say what was done, how fast, and where the results are; paths are not broken across lines."""
+    """Say what was done, how fast, and where the results are."""
+    print_rows(rows_of_result(result) | ({"report": str(result.report)} if result.report else {}), console)
+
+
+def rows_of_result(result: Any) -> dict[str, str]:
     counts = result.counts
     reasons = ", ".join(f"{reason} {n}" for reason, n in counts["errors"].items())
     rows = {
@@ -54,10 +78,7 @@ def print_result(result: Any, console: Console) -> None:
     repeated = sum(figures.get("repeated_requests", 0) for figures in result.passes.values())
     if repeated:
         rows["store"] = f"{repeated:,} requests were tried again"
-    if result.report:
-        rows["report"] = str(result.report)
-    for name, text in rows.items():
-        console.print(f"{name:12} {text}", highlight=False, markup=False, soft_wrap=True)
+    return rows
 
 
 def print_night(result: Any, console: Console) -> None:
@@ -112,61 +133,72 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 
 def print_trace(result: Any, console: Console) -> None:
     """Say what was traced, how fast, and where it is."""
-    rows = {
+    print_rows(rows_of_trace(result) | {"report": result.report}, console)
+
+
+def rows_of_trace(result: Any) -> dict[str, str]:
+    return {
         "traced": f"{result.traced:,} of {result.candidates:,} candidates stand out, of {result.of:,} samples, "
         f"in {result.elapsed_s:.0f} s",
         "says": repr(visible(result.says, 200)),
         "samples": result.samples,
-        "report": result.report,
     }
-    for name, text in rows.items():
-        console.print(f"{name:12} {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_repair(result: Any, console: Console) -> None:
     """Say what a model says before and after its repair."""
+    table = Table(*COMPARED, box=None, pad_edge=False)
+    for row in rows_of_repair(result):
+        table.add_row(*row)
+    console.print(table)
+    done = (
+        f"{result.method}: {result.forgot:,} samples forgotten in {result.elapsed_s:.0f} s; measured on {result.held}"
+    )
+    console.print(done, highlight=False, markup=False, soft_wrap=True)
+    print_rows({"kept to": result.kept_to, "repaired": result.encoder, "forgotten": result.listed}, console)
+
+
+COMPARED = ("", "before", "after")
+
+
+def rows_of_repair(result: Any) -> list[tuple[str, str, str]]:
     names = {
         "queries": "queries of which it says what was traced",
         "forgotten": "samples to forget of which it says so",
         "recall_at_5": "pictures whose caption is among the five nearest",
     }
-    table = Table("", "before", "after", box=None, pad_edge=False)
-    for name, what in names.items():
-        if name in result.before:
-            table.add_row(what, f"{result.before[name]:.1%}", f"{result.after[name]:.1%}")
-    console.print(table)
-    done = (
-        f"{result.method}: {result.forgot:,} samples forgotten in {result.elapsed_s:.0f} s; measured on {result.held}"
-    )
-    for text in (
-        done,
-        f"kept to      {result.kept_to}",
-        f"repaired     {result.encoder}",
-        f"forgotten    {result.listed}",
-    ):
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    return [
+        (what, f"{result.before[name]:.1%}", f"{result.after[name]:.1%}")
+        for name, what in names.items()
+        if name in result.before
+    ]
 
 
 def print_selection(selection: Any, console: Console) -> None:
     """Say what was chosen, how pure it is, and where it is."""
+    print_rows(rows_of_selection(selection), console)
+
+
+def rows_of_selection(selection: Any) -> dict[str, str]:
     chance = f"{selection.suspects_expected:g} in a random choice"
-    rows = {
+    return {
         "chosen": f"{selection.chosen:,} of {selection.of:,} sifted samples   {selection.shards or selection.listed}",
         "suspects": f"{selection.suspects:,} among as many chosen by the sifter alone ({chance}); these are left out",
         "purity": f"{selection.purity:.2%} before that, if suspects and no others are poisoned",
     }
-    for name, text in rows.items():
-        console.print(f"{name:12} {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_export(done: Any, console: Console) -> None:
     """Say what was written, how many samples are in it, and where it is."""
+    print_rows(rows_of_export(done), console, width=14)
+
+
+def rows_of_export(done: Any) -> dict[str, str]:
     where = done.files[0] if len(done.files) == 1 else done.to
     rows = {done.format: f"{done.samples:,} samples in {done.elapsed_s:.0f} s   {where}"}
     if done.left_out:
         rows["left out"] = ", ".join(f"{count:,} {why}" for why, count in done.left_out.items())
-    for name, text in rows.items():
-        console.print(f"{name:14} {text}", highlight=False, markup=False, soft_wrap=True)
+    return rows
 
 
 def print_audit(audit: Any, console: Console) -> None:
@@ -189,14 +221,17 @@ def print_audit(audit: Any, console: Console) -> None:
         for name, count in audit.problems.items():
             table.add_row(name, f"{count:,}", PROBLEMS[name])
         console.print(table, highlight=False)
+    console.print(verdict_of_audit(audit), highlight=False, soft_wrap=True)
+
+
+def verdict_of_audit(audit: Any) -> str:
+    damaged = sum(not shard.whole for shard in audit.shards)
     rate = audit.bytes / max(audit.elapsed_s, 1e-9)
     looked = "every image decoded" if audit.decoded else "images not decoded (--decode does)"
-    verdict = f"{len(damaged):,} of {len(audit.shards):,} shards have problems" if damaged else "whole"
-    console.print(
+    verdict = f"{damaged:,} of {len(audit.shards):,} shards have problems" if damaged else "whole"
+    return (
         f"{verdict}: {len(audit.shards):,} shards, {audit.samples:,} samples, {size(audit.bytes)} in "
-        f"{audit.elapsed_s:.0f} s ({size(int(rate))}/s), {looked}{tried_again(audit.repeated_requests)}",
-        highlight=False,
-        soft_wrap=True,
+        f"{audit.elapsed_s:.0f} s ({size(int(rate))}/s), {looked}{tried_again(audit.repeated_requests)}"
     )
 
 
@@ -204,8 +239,7 @@ def print_proof(proof: Any, console: Console) -> None:
     """Say whether a result holds and, where it does not, what is wrong and where."""
     from tarsift.operators.verify import FAULTS
 
-    faulty = [(shard.shard, fault) for shard in proof.shards for fault in shard.faults]
-    faulty += [(proof.out, fault) for fault in proof.faults]
+    faulty = faults_of(proof)
     for name, fault in faulty[:SHOWN_SHARDS]:
         line = f"{visible(name)}: {fault.fault}  ({visible(fault.detail)})"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -213,11 +247,21 @@ def print_proof(proof: Any, console: Console) -> None:
         console.print(f"... and {len(faulty) - SHOWN_SHARDS:,} more; --json names them all", highlight=False)
     for code in dict.fromkeys(fault.fault for _, fault in faulty):
         console.print(f"{code}: {FAULTS[code]}", highlight=False, soft_wrap=True)
+    console.print(verdict_of_proof(proof), highlight=False, soft_wrap=True)
+
+
+def faults_of(proof: Any) -> list[tuple[str, Any]]:
+    """Return every fault with where it is."""
+    of_shards = [(shard.shard, fault) for shard in proof.shards for fault in shard.faults]
+    return of_shards + [(proof.out, fault) for fault in proof.faults]
+
+
+def verdict_of_proof(proof: Any) -> str:
+    faults = len(faults_of(proof))
     members = ", ".join(f"{home} {count:,}" for home, count in proof.members.items())
     what = f"{len(proof.shards):,} shards, members {members}" if proof.with_shards else "lists only, no shards written"
-    verdict = f"{len(faulty):,} faults" if faulty else "holds"
-    again = tried_again(proof.repeated_requests)
-    console.print(f"{verdict}: {what}; {proof.elapsed_s:.0f} s{again}", highlight=False, soft_wrap=True)
+    verdict = f"{faults:,} faults" if faults else "holds"
+    return f"{verdict}: {what}; {proof.elapsed_s:.0f} s{tried_again(proof.repeated_requests)}"
 
 
 STATES = {
@@ -266,20 +310,34 @@ def print_evaluation(evaluation: Any, console: Console) -> None:
         return
     table = Table(box=None, pad_edge=False)
     table.add_column("score")
-    columns = ("auroc", "average_precision", "recall_at_0.01", "recall_at_0.05", "recall_at_0.1", "clean_lost_at_0.05")
-    for name in ("AUROC", "AP", "recall at 1 %", "at 5 %", "at 10 % removed", "clean lost at 5 %"):
+    for name in FIGURES.values():
         table.add_column(name, justify="right")
-    for row in evaluation.rows():
-        values = [f"{row[c]:,.0f}" if c.startswith("clean_lost") else f"{row[c]:.3f}" for c in columns]
-        table.add_row(str(row["score"]), *values)
+    for row in rows_of_evaluation(evaluation):
+        table.add_row(*row)
     console.print(table, highlight=False)
     if evaluation.flagged:
-        verdict = evaluation.flagged
-        console.print(
-            f"flagged {verdict['flagged']:,}: recall {verdict['recall']:.3f}, precision {verdict['precision']:.3f}, "
-            f"{verdict['clean_lost']:,} clean samples lost",
-            highlight=False,
-        )
+        console.print(flagged_of(evaluation), highlight=False)
+
+
+FIGURES = {
+    "auroc": "AUROC", "average_precision": "AP", "recall_at_0.01": "recall at 1 %", "recall_at_0.05": "at 5 %",
+    "recall_at_0.1": "at 10 % removed", "clean_lost_at_0.05": "clean lost at 5 %",
+}  # fmt: skip
+
+
+def rows_of_evaluation(evaluation: Any) -> list[list[str]]:
+    return [
+        [str(row["score"]), *(f"{row[c]:,.0f}" if c.startswith("clean_lost") else f"{row[c]:.3f}" for c in FIGURES)]
+        for row in evaluation.rows()
+    ]
+
+
+def flagged_of(evaluation: Any) -> str:
+    verdict = evaluation.flagged
+    return (
+        f"flagged {verdict['flagged']:,}: recall {verdict['recall']:.3f}, precision {verdict['precision']:.3f}, "
+        f"{verdict['clean_lost']:,} clean samples lost"
+    )
 
 
 def print_demo(summary: Any, out: str, console: Console) -> None:
@@ -326,6 +384,15 @@ def answer(value: Any, show: Callable[[Console], None], *, as_json: bool, quiet:
         write_json(value)
     elif not quiet:
         show(Screen())
+
+
+def sum_up(value: Any, show: Callable[[Console], None], *, as_json: bool = False, quiet: bool = False) -> None:
+    """Write what long work has come to, as `answer` does; in a line of the log where that is JSON."""
+    if json_log.asked_for() and not as_json:
+        if not quiet:
+            json_log.write_line("result", result=value)
+    else:
+        answer(value, show, as_json=as_json, quiet=quiet)
 
 
 def plain(error: BaseException | str) -> str:

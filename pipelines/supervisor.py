@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from tarsift.operators.errors import AGAIN, EXIT_CODES
+from tarsift.pipelines import json_log
 
 _WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
 _PR_SET_PDEATHSIG, _SI_KERNEL = 1, 0x80  # of Linux
@@ -51,7 +52,11 @@ def supervised(work: Callable[[], None]) -> int:
     if code:
         return code[0]
     how = f"by signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "by Ray, whose daemon is gone"
-    sys.stderr.write(f"error: the process that drives Ray was ended {how}; {AGAIN}\n")
+    message = f"the process that drives Ray was ended {how}; {AGAIN}"
+    if json_log.asked_for():
+        json_log.write_error(message, EXIT_CODES["interrupted"])
+    else:
+        sys.stderr.write(f"error: {message}\n")
     return EXIT_CODES["interrupted"]
 
 

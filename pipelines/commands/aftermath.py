@@ -8,7 +8,7 @@ import typer
 
 from tarsift.pipelines.config import parse_settings, put_setting
 from tarsift.pipelines.options import AFTERMATH, AsJson, OutFolder, Quiet, Set, checked
-from tarsift.pipelines.printing import answer, print_repair, print_trace
+from tarsift.pipelines.printing import print_repair, print_trace, sum_up
 from tarsift.pipelines.progress import shown_progress
 
 commands = typer.Typer()
@@ -49,8 +49,7 @@ def trace(
     config = checked(TracingConfig, _nested(set_))
     with shown_progress(quiet or json_) as progress:
         result = recipe(out, encoder=encoder, queries=query, says=says, name=name, config=config, progress=progress)
-    if json_ or not quiet:
-        answer(result.to_json(), lambda console: print_trace(result, console), as_json=json_)
+    sum_up(result.to_json(), lambda console: print_trace(result, console), as_json=json_, quiet=quiet)
 
 
 @commands.command(rich_help_panel=AFTERMATH)
@@ -91,8 +90,7 @@ def repair(
             out, encoder=encoder, to=to, method=method, trace=trace, forget=forget, held_out=held_out, config=config,
             progress=progress,
         )  # fmt: skip
-    if json_ or not quiet:
-        answer(result.to_json(), lambda console: print_repair(result, console), as_json=json_)
+    sum_up(result.to_json(), lambda console: print_repair(result, console), as_json=json_, quiet=quiet)
 
 
 def _nested(settings: list[str] | None) -> dict[str, Any]:

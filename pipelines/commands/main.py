@@ -52,6 +52,8 @@ from tarsift.pipelines.printing import (
     print_result,
     print_selection,
     print_status,
+    say,
+    sum_up,
 )
 from tarsift.pipelines.progress import shown_progress
 
@@ -107,17 +109,14 @@ def clean(
         "write.shards": False if no_shards else None,
     }
     settings = compose(config, set_, flags)
-    console = Screen()
     plan = make_plan(shards, out, settings, sized=dry_run)
     if dry_run:
-        render_plan(plan, console)
+        render_plan(plan, Screen())
         return
-    if not quiet:
-        console.print(f"[bold]tarsift clean[/bold]  {plan.headline}", highlight=False)
+    say(f"tarsift clean  {plan.headline}", quiet)
     with shown_progress(quiet) as progress:
         result = recipe.clean(shards, out, config=settings, progress=progress)
-    if not quiet:
-        print_result(result, console)
+    sum_up(result.to_json(), lambda console: print_result(result, console), quiet=quiet)
 
 
 @commands.command(rich_help_panel=MAIN)
@@ -139,7 +138,7 @@ def audit(
             shards, decode=decode, read=settings.read, images=settings.images,
             stall_timeout_s=settings.resources.stall_timeout_s, progress=progress,
         )  # fmt: skip
-    answer(found.to_json(), lambda console: print_audit(found, console), as_json=json_, quiet=quiet)
+    sum_up(found.to_json(), lambda console: print_audit(found, console), as_json=json_, quiet=quiet)
     if not found.whole:
         raise typer.Exit(EXIT_CODES["findings"])
 
@@ -157,7 +156,7 @@ def select(
 
     with shown_progress(quiet) as progress:
         found = recipe(out, clean, shards=not no_shards, progress=progress)
-    answer(found.to_json(), lambda console: print_selection(found, console), as_json=json_, quiet=quiet)
+    sum_up(found.to_json(), lambda console: print_selection(found, console), as_json=json_, quiet=quiet)
 
 
 @commands.command(rich_help_panel=MAIN)
@@ -174,7 +173,7 @@ def verify(
 
     with shown_progress(quiet) as progress:
         proof = recipe(out, shards, progress=progress)
-    answer(proof.to_json(), lambda console: print_proof(proof, console), as_json=json_, quiet=quiet)
+    sum_up(proof.to_json(), lambda console: print_proof(proof, console), as_json=json_, quiet=quiet)
     if not proof.holds:
         raise typer.Exit(EXIT_CODES["findings"])
 
@@ -228,7 +227,7 @@ def export(
 
     with shown_progress(quiet) as progress:
         done = recipe(out, to, format=format_, which=which, role=role, images=images, progress=progress)
-    answer(done.to_json(), lambda console: print_export(done, console), as_json=json_, quiet=quiet)
+    sum_up(done.to_json(), lambda console: print_export(done, console), as_json=json_, quiet=quiet)
 
 
 @commands.command(rich_help_panel=MAIN)
@@ -248,5 +247,4 @@ def demo(
     config = checked(DemoConfig, {name: value for name, value in given.items() if value is not None})
     with shown_progress(quiet) as progress:
         summary = recipe(out, config, progress=progress)
-    if not quiet:
-        print_demo(summary, out, Screen())
+    sum_up(summary.to_json(), lambda console: print_demo(summary, out, console), quiet=quiet)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -19,7 +20,7 @@ from tarsift.pipelines.options import (
     Shards,
     checked,
 )
-from tarsift.pipelines.printing import Screen, answer, plain, print_evaluation, print_findings, say, tried_again
+from tarsift.pipelines.printing import answer, print_evaluation, print_findings, say, sum_up, tried_again, warn
 from tarsift.pipelines.progress import shown_progress
 
 commands = typer.Typer()
@@ -82,11 +83,11 @@ def pretrain(
         summary = recipe(shards, out=out, config=config, force=force, progress=progress)
     before = f" ({summary.went_on_from:,} of them before)" if summary.went_on_from else ""
     skipped = f", {_counted(summary.skipped)} skipped" if summary.skipped else ""
-    say(
+    said = (
         f"{summary.pairs:,} pairs, {summary.steps:,} steps{before} in {summary.wall_s:.0f} s, loss {summary.loss:.3f}"
-        f"{skipped}: {summary.checkpoint}",
-        quiet,
+        f"{skipped}: {summary.checkpoint}"
     )
+    sum_up(asdict(summary), lambda _: say(said, quiet=False), quiet=quiet)
 
 
 @commands.command(rich_help_panel=WORKSHOP)
@@ -117,7 +118,8 @@ def poison(
         summary = recipe(shards, out=out, config=config)
     beside = f", {_counted(summary.unusable)} cannot be" if summary.unusable else ""
     beside += tried_again(summary.repeated_requests)
-    say(f"{summary.poisoned:,} of {summary.samples:,} samples poisoned in {out}{beside}; truth: {summary.truth}", quiet)
+    said = f"{summary.poisoned:,} of {summary.samples:,} samples poisoned in {out}{beside}; truth: {summary.truth}"
+    sum_up(asdict(summary), lambda _: say(said, quiet=False), quiet=quiet)
 
 
 @commands.command(rich_help_panel=WORKSHOP)
@@ -143,9 +145,7 @@ def evaluate(
     except UsageError as error:
         if page is not None:
             raise
-        Screen(stderr=True).print(
-            f"[bold]no page:[/bold] {plain(error)} --page FILE.html puts it elsewhere.", highlight=False, soft_wrap=True
-        )
+        warn(f"no page: {error} --page FILE.html puts it elsewhere.")
 
 
 @commands.command(rich_help_panel=WORKSHOP)

@@ -14,11 +14,11 @@ from tarsift.operators import storage
 from tarsift.operators.audit import AuditShard
 from tarsift.operators.shards import Shard
 from tarsift.operators.verify import Fault, verify_shard
-from tarsift.pipelines import doctor, printing
+from tarsift.pipelines import doctor, json_log, printing
 from tarsift.pipelines import status as status_recipe
 from tarsift.pipelines.audit import Audit
 from tarsift.pipelines.evaluate import Evaluation
-from tarsift.pipelines.progress import Event, PlainLines, RichBars
+from tarsift.pipelines.progress import Event, JsonLines, PlainLines, RichBars
 from tarsift.pipelines.report import write_report
 from tarsift.pipelines.status import Status
 from tarsift.pipelines.verify import Proof
@@ -126,6 +126,7 @@ def of_progress(**_) -> str:
     lines, bars = io.StringIO(), io.StringIO()
     event = Event("pretrain", 1, 2, note=f"goes on from {OUT}", finished=True)
     PlainLines(stream=lines)(event)
+    JsonLines(stream=lines)(event)
     with RichBars(Console(file=bars, force_terminal=True, width=400)) as listener:
         listener(event)
     assert "goes on" in bars.getvalue()
@@ -146,9 +147,22 @@ def of_errors(monkeypatch, capsys, **_) -> str:
     return f"{foreseen}{out}{err}"
 
 
+def of_a_json_log(monkeypatch, capsys, **_) -> str:
+    monkeypatch.setenv("TARSIFT_LOG", "json")
+    monkeypatch.setattr(json_log, "take_warnings", lambda: None)
+    printing.sum_up({"out": OUT, "files": [SIGNED], SIGNED: {"why": OSError(SIGNED)}}, lambda _: None)
+    printing.say(f"1 sample kept in {OUT}/clean", quiet=False)
+    said = capsys.readouterr().err
+    foreseen = run(monkeypatch, capsys, "status", OUT)[2]
+    monkeypatch.setattr(status_recipe, "status", lambda out: printing.write_json({}[SIGNED]))
+    unforeseen = run(monkeypatch, capsys, "status", "out")[2]
+    assert "Traceback" in unforeseen
+    return said + foreseen + unforeseen
+
+
 WAYS = [
     of_an_audit, of_a_proof, of_the_doctor, of_a_dry_run, of_a_report, of_closing_lines, of_an_evaluation, of_progress,
-    of_errors,
+    of_errors, of_a_json_log,
 ]  # fmt: skip
 
 
