@@ -38,7 +38,7 @@ LASTING_NAMES = ("ParamValidation", "InvalidRegion")
 
 Answer = TypeVar("Answer")
 _patience_s = PATIENCE_S
-_repeated = 0
+_repeated = _unreported = 0
 _guard = threading.Lock()
 
 
@@ -53,7 +53,7 @@ def retried(request: Callable[[], Answer], doing: str) -> Answer:
         AccessError: if the store refuses, or there are no credentials to ask it with.
         Exception: what waiting does not mend, as it came.
     """
-    global _repeated
+    global _repeated, _unreported
     deadline = time.monotonic() + _patience_s
     longest = min(FIRST_WAIT_S, _patience_s / 10)
     while True:
@@ -73,6 +73,7 @@ def retried(request: Callable[[], Answer], doing: str) -> Answer:
                 ) from error
         with _guard:
             _repeated += 1
+            _unreported += 1
         time.sleep(wait)
         longest = min(2 * longest, LONGEST_WAIT_S, _patience_s / 10)
 
@@ -102,11 +103,20 @@ def take_repeated() -> int:
     return taken
 
 
+def take_unreported() -> int:
+    """Return the same, since the last call of this function: for metrics, which do not wait for the end of a pass."""
+    global _unreported
+    with _guard:
+        taken, _unreported = _unreported, 0
+    return taken
+
+
 def add_repeated(count: int) -> None:
     """Add what another process counted to what this one will tell."""
-    global _repeated
+    global _repeated, _unreported
     with _guard:
         _repeated += count
+        _unreported += count
 
 
 os.register_at_fork(after_in_child=take_repeated)

@@ -18,6 +18,7 @@ from tarsift.operators.audit import EXAMPLES, AuditShard, Findings, Problem, Sha
 from tarsift.operators.decoding import ImageConfig
 from tarsift.operators.retry import take_repeated
 from tarsift.operators.shards import ReadConfig, Shard, list_shards
+from tarsift.pipelines.metrics import reported
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.session import STALL_TIMEOUT_S, session
 from tarsift.pipelines.tasks import side_by_side
@@ -95,7 +96,7 @@ def audit(
     start = time.monotonic()
     shards = list_shards(inputs)
     look = AuditShard(decode=decode, read=read, images=images, key=secrets.token_bytes(16))
-    with session(stall_timeout_s=stall_timeout_s):
+    with session(stall_timeout_s=stall_timeout_s), reported(progress) as progress:
         audits, uids = _look_at_all(shards, look, progress)
         names = [shard.name for shard in shards if shard.name in uids]
         samples = sum(audits[name].samples for name in names)
@@ -120,7 +121,7 @@ def _look_at_all(
     """
     audits: dict[str, ShardAudit] = {}
     uids: dict[str, ray.ObjectRef] = {}
-    samples = 0
+    samples = repeated = 0
     progress(Event("audit", 0, len(shards)))
     waiting = list(shards)
     for isolated in (False, True):
@@ -141,9 +142,10 @@ def _look_at_all(
                 found = _died(shard, error)
             audits[shard.name] = found
             samples += found.samples
-            progress(Event("audit", len(audits), len(shards), samples))
+            repeated += found.repeated_requests
+            progress(Event("audit", len(audits), len(shards), samples, repeated=repeated))
         waiting = again
-    progress(Event("audit", len(audits), len(shards), samples, finished=True))
+    progress(Event("audit", len(audits), len(shards), samples, finished=True, repeated=repeated))
     return audits, uids
 
 

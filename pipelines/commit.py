@@ -12,6 +12,7 @@ import hashlib
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -285,25 +286,29 @@ def run_pass(
     entries = ledger.begin([s.name for s in shards])
     todo = [s for s in shards if s.name not in entries]
     done: list[str] = []
-    samples = 0
+    samples = repeated = 0
+    errors: Counter[str] = Counter()
     out_folder = storage.join(ledger.out, folder)
 
+    def told(**more: Any) -> None:
+        progress(Event(ledger.name, len(entries), len(shards), samples, errors=dict(errors), repeated=repeated, **more))
+
     def committed(shard: str, entry: dict[str, Any]) -> None:
-        nonlocal samples
+        nonlocal samples, repeated
         entries[shard] = ledger.commit(shard, entry)
         done.append(shard)
         samples += entry["rows"]
-        progress(Event(ledger.name, len(entries), len(shards), samples))
+        repeated += entry["repeated_requests"]
+        errors.update(entry["errors"])
+        told()
 
-    progress(Event(ledger.name, len(entries), len(shards)))
+    told()
     for at in range(0, len(todo), wave_shards):
         wave = todo[at : at + wave_shards]
         _run_wave(wave, stream(wave), out_folder, metadata or {}, committed, fused_cpus)
     if done:
         storage.remove_tree(storage.join(out_folder, PARTS))  # of attempts that came too late, there may be some left
-    progress(
-        Event(ledger.name, len(entries), len(shards), samples, finished=True, note="" if done else "nothing to do")
-    )
+    told(finished=True, note="" if done else "nothing to do")
     return PassResult(ledger.name, done, entries, time.monotonic() - start)
 
 

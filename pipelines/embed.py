@@ -26,6 +26,7 @@ from tarsift.operators.sides import FEATURES
 from tarsift.pipelines.commit import SINK_CPUS, PassResult, run_pass
 from tarsift.pipelines.config import CleanConfig, ResourcesConfig
 from tarsift.pipelines.ledger import Ledger, fingerprint, records_of
+from tarsift.pipelines.metrics import reported
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.reading import read_joined, read_pictures, shard_items
 from tarsift.pipelines.session import ACTOR_OPTIONS, map_tables, session
@@ -184,8 +185,9 @@ def _join_pass(
         )
     indexes = storage.join(ledger.out, "embeddings", ".index")
     index = storage.join(indexes, f"{role}-{given.digest[:16]}")
-    if len(ledger.entries([shard.name for shard in shards])) < len(shards) and not index_is_there(index):
-        progress(Event(ledger.name, 0, len(shards), note="finding whose embeddings they are"))
+    done = len(ledger.entries([shard.name for shard in shards]))
+    if done < len(shards) and not index_is_there(index):
+        progress(Event(ledger.name, done, len(shards), note="finding whose embeddings they are"))
         write_index(given, index)
     join = ImportedEmbeddings(given, index, towers=encoder.towers, store=encoder.store)
 
@@ -231,5 +233,5 @@ def embed(
     inputs: str | Sequence[str], out: str, *, config: CleanConfig, role: str = "detect", progress: Listener = silent
 ) -> PassResult:
     """Embed shards into `out`/embeddings/`role`, one Parquet file per shard; continue where a run stopped."""
-    with session(stall_timeout_s=config.resources.stall_timeout_s):
+    with session(stall_timeout_s=config.resources.stall_timeout_s), reported(progress) as progress:
         return embed_pass(list_shards(inputs), out, settled(config), role, progress=progress)[0]

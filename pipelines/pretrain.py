@@ -15,6 +15,7 @@ from tarsift.operators.errors import TarsiftError, UsageError
 from tarsift.operators.models import load_checkpoint, state_sha256
 from tarsift.operators.shards import ReadConfig, ReadShard, Shard, ShardEnd, list_shards
 from tarsift.pipelines.leaving import read_left_out
+from tarsift.pipelines.metrics import reported
 from tarsift.pipelines.pairs import count_pairs
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.session import TASK_OPTIONS, session
@@ -79,13 +80,14 @@ def pretrain(
         read_left_out(config.leave_out, found)  # a wrong one is refused before shards are digested
     if config.batch_size % config.workers:
         raise UsageError(f"batch_size {config.batch_size} cannot be shared among {config.workers} workers evenly.")
-    with session():
+    with session(), reported(progress) as progress:
         job = Job(found, _digest_all(found, config, progress), out, config, origin)
         done = job.begin(force=force)
         note = f"goes on from {job.snapshots().url}" if done else ""
-        progress(Event("pretrain", done, job.steps, unit="steps", note=note))
+        before = done * job.batch_size
+        progress(Event("pretrain", done, job.steps, before, unit="steps", note=note))
         metrics = {**_run_job(job, origin), "went_on_from": done}  # workers that died went on from later ones
-    progress(Event("pretrain", job.steps, job.steps, samples=metrics["samples"], unit="steps", finished=True))
+        progress(Event("pretrain", job.steps, job.steps, metrics["samples"], unit="steps", finished=True))
     return PretrainSummary(checkpoint=out, wall_s=time.monotonic() - start, **metrics)
 
 
@@ -131,6 +133,7 @@ def digest_shard(shard: Shard, read: ReadConfig) -> ShardDigest:
 def _digest_all(shards: Sequence[Shard], config: PretrainConfig, progress: Listener) -> list[ShardDigest]:
     """Digest all shards as Ray tasks."""
     task = ray.remote(digest_shard).options(**TASK_OPTIONS)
+    progress(Event("digest", 0, len(shards)))
     pending = {task.remote(shard, config.read): i for i, shard in enumerate(shards)}
     done: dict[int, ShardDigest] = {}
     while pending:

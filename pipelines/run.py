@@ -24,6 +24,7 @@ from tarsift.pipelines.failures import failures_told
 from tarsift.pipelines.installed import providers
 from tarsift.pipelines.ledger import Ledger, RunFile, fingerprint, records_of
 from tarsift.pipelines.lock import hold
+from tarsift.pipelines.metrics import Reporter, reported
 from tarsift.pipelines.passes import AT_ONCE, SETTINGS_OF, embed_name, passes_of, passes_of_score
 from tarsift.pipelines.progress import Listener, silent
 from tarsift.pipelines.session import session
@@ -45,6 +46,7 @@ class Run:
     file: RunFile
     progress: Listener = silent
     _complete: dict[str, tuple[str, dict[str, dict[str, Any]]]] = field(default_factory=dict)
+    _reporter: Reporter | None = None
 
     @property
     def content(self) -> dict[str, Any]:
@@ -108,9 +110,18 @@ class Run:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Hold the result folder, with Ray there."""
-        with self.held(), session(stall_timeout_s=self.config.resources.stall_timeout_s):
-            yield
+        """Hold the result folder, with Ray there, and report what is done as metrics."""
+        told = self.progress
+        with (
+            self.held(),
+            session(stall_timeout_s=self.config.resources.stall_timeout_s),
+            reported(told) as self._reporter,
+        ):
+            self.progress = self._reporter
+            try:
+                yield
+            finally:
+                self.progress, self._reporter = told, None
 
     def settle(self, config: CleanConfig) -> None:
         """Keep settings in which `auto` is settled, for the rest of the run and for those that continue it."""
@@ -133,6 +144,8 @@ class Run:
         if name in SETTINGS_OF or name.startswith("embed."):
             self.content["config"] = self.config.model_dump(mode="json")
         self.file.record_pass(name, figures)
+        if name == "flag" and self._reporter:
+            self._reporter.judged(self.content.get("counts", {}))
 
     def complete(self, name: str) -> tuple[str, dict[str, dict[str, Any]]]:
         """Return fingerprint and ledger entries of a pass that later ones build on.

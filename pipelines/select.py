@@ -111,6 +111,7 @@ def _copy(run: Run, chosen: pa.Table, folder: str) -> None:
     names, rows = np.asarray(chosen["shard"]), np.asarray(chosen["row"])
     wanted = [shard for shard in run.shards if shard.name in set(names.tolist())]
     calls = ((shard, (shard, run.embedded[shard.name], rows[names == shard.name].tolist(), folder)) for shard in wanted)
+    run.progress(Event("select", 0, len(wanted)))
     for done, (_, (result,)) in enumerate(side_by_side(_copy_rows, calls), 1):
         ray.get(result)
         run.progress(Event("select", done, len(wanted), finished=done == len(wanted)))

@@ -19,6 +19,7 @@ from tarsift.operators.listing import Shard
 from tarsift.operators.retry import take_repeated
 from tarsift.operators.verify import Fault, ShardProof, verify_shard
 from tarsift.pipelines.ledger import Ledger
+from tarsift.pipelines.metrics import reported
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.run import Run, reopen_run, shards_outside
 from tarsift.pipelines.session import session
@@ -84,7 +85,7 @@ def verify(out: str, inputs: str | Sequence[str] | None = None, *, progress: Lis
     run.complete("flag")
     with_shards = run.config.write.shards
     faults = [Fault(fault="unknown_shard", detail=name) for name in sorted(given.keys() - set(run.names))]
-    with session(stall_timeout_s=run.config.resources.stall_timeout_s):
+    with session(stall_timeout_s=run.config.resources.stall_timeout_s), reported(progress) as progress:
         homes, unreadable = _count_verdicts(run)
         entries = Ledger(run.out, "write", written_print).entries(run.names) if with_shards else {}
         proofs = _compare_shards(run, given, entries, unreadable, progress) if with_shards else {}
@@ -142,12 +143,13 @@ def _compare_shards(
         else:
             calls.append((name, (given[name], run.out, entries[name])))
     progress(Event("verify", len(proofs), len(run.names)))
-    members = 0
+    samples = repeated = 0
     for name, (result,) in side_by_side(_verify_shard, calls):
         proofs[name] = ray.get(result)
-        members += sum(proofs[name].members.values())
-        progress(Event("verify", len(proofs), len(run.names), members))
-    progress(Event("verify", len(proofs), len(run.names), members, finished=True))
+        samples += entries[name]["rows"]
+        repeated += proofs[name].repeated_requests
+        progress(Event("verify", len(proofs), len(run.names), samples, repeated=repeated))
+    progress(Event("verify", len(proofs), len(run.names), samples, finished=True, repeated=repeated))
     return proofs
 
 

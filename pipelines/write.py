@@ -92,16 +92,21 @@ def write_pass(
     for folder in {shard.name.rpartition("/")[0] for shard in todo}:
         storage.remove(sizes_url(storage.join(out, "clean"), folder))  # of an export, about shards that are replaced
     done: list[str] = []
-    samples = 0
-    progress(Event("write", len(entries), len(shards)))
+    samples = repeated = 0
+
+    def told(**more: Any) -> None:
+        progress(Event("write", len(entries), len(shards), samples, repeated=repeated, **more))
+
+    told()
     calls = ((shard.name, (shard, out, embedded[shard.name]["source"]["sha256"])) for shard in todo)
     with patient() as asked:
         for name, (result,) in side_by_side(write_shard, takewhile(lambda _: not asked(), calls)):
             entries[name] = ledger.commit(name, ray.get(result))
             done.append(name)
             samples += entries[name]["rows"]
-            progress(Event("write", len(entries), len(shards), samples))
-    progress(Event("write", len(entries), len(shards), samples, finished=True, note="" if done else "nothing to do"))
+            repeated += entries[name]["repeated_requests"]
+            told()
+    told(finished=True, note="" if done else "nothing to do")
     return PassResult("write", done, entries, time.monotonic() - start), ledger
 
 
