@@ -14,11 +14,13 @@ from pydantic import BaseModel, ConfigDict
 from ray.exceptions import OutOfMemoryError, RayError, WorkerCrashedError
 
 from tarsift.operators import storage
-from tarsift.operators.audit import EXAMPLES, AuditShard, Findings, Problem, ShardAudit, shared_uids
+from tarsift.operators.audit import EXAMPLES, PROBLEMS, AuditShard, Findings, Problem, ShardAudit, shared_uids
 from tarsift.operators.decoding import ImageConfig
 from tarsift.operators.retry import take_repeated
 from tarsift.operators.shards import ReadConfig, Shard, list_shards
 from tarsift.pipelines.metrics import reported
+from tarsift.pipelines.notebook import html_table
+from tarsift.pipelines.printing import verdict_of_audit
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.session import STALL_TIMEOUT_S, session
 from tarsift.pipelines.tasks import side_by_side
@@ -64,6 +66,10 @@ class Audit(BaseModel):
     def to_json(self) -> dict[str, Any]:
         totals = {"whole": self.whole, "samples": self.samples, "bytes": self.bytes, "problems": self.problems}
         return totals | self.model_dump(mode="json")
+
+    def _repr_html_(self) -> str:
+        rows = [(name, count, PROBLEMS[name]) for name, count in self.problems.items()]
+        return html_table(f"tarsift audit: {verdict_of_audit(self)}", rows)
 
 
 def audit(

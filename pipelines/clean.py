@@ -25,7 +25,9 @@ from tarsift.pipelines import write as writing
 from tarsift.pipelines.class_names import class_names_of
 from tarsift.pipelines.config import CleanConfig, parse_config
 from tarsift.pipelines.ledger import fingerprint
+from tarsift.pipelines.notebook import html_table
 from tarsift.pipelines.passes import embed_name, passes_of_score
+from tarsift.pipelines.printing import rows_of_result
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.report import write_report
 from tarsift.pipelines.run import NO_FEATURES, Run, open_run
@@ -60,6 +62,9 @@ class CleanResult:
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        return html_table("tarsift clean", rows_of_result(self).items(), {"report": self.report})
 
 
 def embed_step(run: Run) -> None:

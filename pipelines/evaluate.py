@@ -22,6 +22,8 @@ from tarsift.operators.errors import UsageError
 from tarsift.operators.schema import MEASURES, SIFTED_FOLDER, SIFTED_SCORES
 from tarsift.operators.stored import ReadStored, Stored
 from tarsift.pipelines.ledger import RunFile
+from tarsift.pipelines.notebook import html_table
+from tarsift.pipelines.printing import FIGURES, flagged_of, rows_of_evaluation
 
 BATCH_ROWS = 65_536
 
@@ -94,6 +96,11 @@ class Evaluation:
         scores = self.scores if attack is None else self.attacks[attack]["scores"]
         rows = [{"score": name, **figures} for name, figures in scores.items()]
         return sorted(rows, key=lambda row: (-row["average_precision"], row["score"]))
+
+    def _repr_html_(self) -> str:
+        title = f"tarsift evaluate: {self.poisoned:,} of {self.samples:,} samples are planted. {self.note}"
+        rows = [("score", *FIGURES.values()), *rows_of_evaluation(self)] if self.scores else []
+        return html_table(title, [*rows, *([("verdict", flagged_of(self))] if self.flagged else [])])
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ from tarsift.operators.uids import SUBSET, SortedUids
 from tarsift.pipelines.failures import failures_told
 from tarsift.pipelines.flag import sifted_folder
 from tarsift.pipelines.ledger import Ledger
+from tarsift.pipelines.notebook import html_table
+from tarsift.pipelines.printing import rows_of_export
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.run import Run, reopen_judged
 from tarsift.pipelines.write import sizes_url
@@ -123,6 +125,9 @@ class Exported:
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        return html_table("tarsift export", rows_of_export(self).items())
 
 
 def export(

@@ -30,6 +30,7 @@ from tarsift.operators.poison import (
 )
 from tarsift.operators.retry import add_repeated, take_repeated
 from tarsift.operators.shards import Shard, list_shards
+from tarsift.pipelines.notebook import html_table
 from tarsift.pipelines.session import session
 from tarsift.pipelines.tasks import side_by_side
 
@@ -50,6 +51,10 @@ class PoisonSummary:
     truth: str
     unusable: dict[str, int] = field(default_factory=dict)
     repeated_requests: int = 0
+
+    def _repr_html_(self) -> str:
+        rows = [("samples", self.samples), ("poisoned", self.poisoned), *self.unusable.items()]
+        return html_table("tarsift poison", rows, {"truth": self.truth})
 
 
 def poison(

@@ -16,9 +16,11 @@ from tarsift.operators.models import load_checkpoint, state_sha256
 from tarsift.operators.shards import ReadConfig, ReadShard, Shard, ShardEnd, list_shards
 from tarsift.pipelines.leaving import read_left_out
 from tarsift.pipelines.metrics import reported
+from tarsift.pipelines.notebook import html_table
 from tarsift.pipelines.pairs import count_pairs
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.session import TASK_OPTIONS, session
+from tarsift.pipelines.text import duration
 from tarsift.pipelines.train_job import Job, Origin, PretrainConfig, ShardDigest, find_origin, train
 from tarsift.pipelines.train_workers import patiently, run_workers
 
@@ -39,6 +41,11 @@ class PretrainSummary:
     wall_s: float
     weights_sha256: str
     went_on_from: int = 0
+
+    def _repr_html_(self) -> str:
+        skipped = ", ".join(f"{reason} {count:,}" for reason, count in self.skipped.items())
+        rows = [("pairs", self.pairs), ("steps", self.steps), ("loss", f"{self.loss:.3f}"), ("skipped", skipped or "–")]
+        return html_table("tarsift pretrain", [*rows, ("took", duration(self.wall_s))], {"encoder": self.checkpoint})
 
 
 def pretrain(

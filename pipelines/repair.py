@@ -31,8 +31,10 @@ from tarsift.operators.stored import ReadStored, Stored, put_table
 from tarsift.operators.trace_verdict import Question
 from tarsift.pipelines.choosing import choose_random
 from tarsift.pipelines.embed import gpu_share
+from tarsift.pipelines.notebook import html_table
 from tarsift.pipelines.passes import embed_name
 from tarsift.pipelines.pretrain import pretrain
+from tarsift.pipelines.printing import COMPARED, rows_of_repair
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.rules import load_arrays
 from tarsift.pipelines.run import Run, absolute_spec, reopen_run
@@ -81,6 +83,11 @@ class RepairResult:
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        rows = [*rows_of_repair(self), ("measured on", self.held), ("kept to", self.kept_to)]
+        title = f"tarsift repair: {self.method}, {self.forgot:,} samples forgotten"
+        return html_table(title, [COMPARED, *rows], {"repaired": self.encoder, "forgotten": self.listed})
 
 
 def repair(

@@ -20,6 +20,8 @@ from tarsift.operators.stored import put_table
 from tarsift.operators.writer import split_shard
 from tarsift.pipelines.folding import run_fold
 from tarsift.pipelines.ledger import Ledger
+from tarsift.pipelines.notebook import html_table
+from tarsift.pipelines.printing import rows_of_selection
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.run import Run, reopen_run
 from tarsift.pipelines.tasks import side_by_side
@@ -54,6 +56,9 @@ class Selection:
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        return html_table("tarsift select", rows_of_selection(self).items())
 
 
 def select(out: str, count: int, *, shards: bool = True, progress: Listener = silent) -> Selection:

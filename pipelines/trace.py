@@ -47,7 +47,9 @@ from tarsift.operators.tracer import (
 from tarsift.pipelines.choosing import SUSPICION, Alike, by_suspicion, choose, choose_random
 from tarsift.pipelines.embed import gpu_share
 from tarsift.pipelines.ledger import Ledger, fingerprint
+from tarsift.pipelines.notebook import html_table
 from tarsift.pipelines.passes import embed_name
+from tarsift.pipelines.printing import rows_of_trace
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.report.tracing import write_trace_page
 from tarsift.pipelines.rules import save_arrays
@@ -89,6 +91,9 @@ class TraceResult:
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        return html_table("tarsift trace", rows_of_trace(self).items(), {"report": self.report})
 
 
 def trace(

@@ -20,6 +20,8 @@ from tarsift.operators.retry import take_repeated
 from tarsift.operators.verify import Fault, ShardProof, verify_shard
 from tarsift.pipelines.ledger import Ledger
 from tarsift.pipelines.metrics import reported
+from tarsift.pipelines.notebook import html_table
+from tarsift.pipelines.printing import SHOWN_SHARDS, faults_of, verdict_of_proof
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.run import Run, reopen_run, shards_outside
 from tarsift.pipelines.session import session
@@ -59,6 +61,10 @@ class Proof(BaseModel):
 
     def to_json(self) -> dict[str, Any]:
         return {"holds": self.holds, "members": self.members} | self.model_dump(mode="json")
+
+    def _repr_html_(self) -> str:
+        rows = [(name, fault.fault, fault.detail) for name, fault in faults_of(self)[:SHOWN_SHARDS]]
+        return html_table(f"tarsift verify: {verdict_of_proof(self)}", rows)
 
 
 def verify(out: str, inputs: str | Sequence[str] | None = None, *, progress: Listener = silent) -> Proof:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tarsift.pipelines.evaluate import evaluate
     from tarsift.pipelines.export import export
     from tarsift.pipelines.ingest import ingest
+    from tarsift.pipelines.notebook import notebook_progress
     from tarsift.pipelines.poison import poison
     from tarsift.pipelines.pretrain import pretrain
     from tarsift.pipelines.reading import read_shards
@@ -45,6 +46,7 @@ _HOMES = {
     "evaluate": "pipelines.evaluate",
     "export": "pipelines.export",
     "ingest": "pipelines.ingest",
+    "notebook_progress": "pipelines.notebook",
     "poison": "pipelines.poison",
     "pretrain": "pipelines.pretrain",
     "repair": "pipelines.repair",
@@ -68,6 +70,7 @@ __all__ = [
     "ingest",
     "list_shards",
     "load_config",
+    "notebook_progress",
     "poison",
     "pretrain",
     "read_shards",

@@ -17,7 +17,9 @@ from tarsift.operators.verify import Fault, verify_shard
 from tarsift.pipelines import doctor, json_log, printing
 from tarsift.pipelines import status as status_recipe
 from tarsift.pipelines.audit import Audit
+from tarsift.pipelines.clean import CleanResult
 from tarsift.pipelines.evaluate import Evaluation
+from tarsift.pipelines.notebook import html_table
 from tarsift.pipelines.progress import Event, JsonLines, PlainLines, RichBars
 from tarsift.pipelines.report import write_report
 from tarsift.pipelines.status import Status
@@ -160,9 +162,15 @@ def of_a_json_log(monkeypatch, capsys, **_) -> str:
     return said + foreseen + unforeseen
 
 
+def of_a_notebook(**_) -> str:
+    result = CleanResult(OUT, {"read": 1, "kept": 1, "removed": 0, "errored": 0, "errors": {}}, {}, SIGNED, 1.0)
+    assert "http://***@store.example/dump/00000.tar?***" in result._repr_html_()
+    return result._repr_html_() + html_table(SIGNED, [(SIGNED, SIGNED)], {SIGNED: OUT})
+
+
 WAYS = [
     of_an_audit, of_a_proof, of_the_doctor, of_a_dry_run, of_a_report, of_closing_lines, of_an_evaluation, of_progress,
-    of_errors, of_a_json_log,
+    of_errors, of_a_json_log, of_a_notebook,
 ]  # fmt: skip
 
 
