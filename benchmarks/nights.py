@@ -97,8 +97,14 @@ def settings(made: dict[str, str], *, train: bool, epochs: int) -> IngestConfig:
     )  # fmt: skip
 
 
-def arrive(shards: list[str], seed: int, kind: str, night: int, folder: Path) -> str | None:
-    """Put a night's shards into the folder of arrivals; return the URL of the truth of the night with poison."""
+def arrive(nights: list[list[str]], seed: int, kind: str, night: int, folder: Path) -> str | None:
+    """Let the shards of all nights up to one lie in a folder; return the truth of the last one where it has poison."""
+    shutil.rmtree(folder, ignore_errors=True)
+    truths = [_arrive(shards, seed, kind, n, folder) for n, shards in enumerate(nights[:night], 1)]
+    return truths[-1]
+
+
+def _arrive(shards: list[str], seed: int, kind: str, night: int, folder: Path) -> str | None:
     planted = kind if night == PLANTED else "control"
     place = folder.parent / "planted" / f"{seed}-{night:02d}-{planted}"
     if not place.exists():
@@ -158,14 +164,15 @@ def run(part: str, kinds: list[str], data: Path, work: Path, cells: Cells, *, ep
                 here = shared if night < PLANTED else place
                 if night == PLANTED and not place.exists():
                     shutil.copytree(shared, place)
-                truth = arrive(nights[night - 1], seed, kind, night, here / "arrivals")
+                arrivals = shared / "arrivals"  # of all kinds: a state keeps the folder that it began with
+                truth = arrive(nights, seed, kind, night, arrivals)
                 about = {"part": part, "seed": seed, "epochs": epochs, "night": night}
                 about["kind"] = "before" if night < PLANTED else kind
                 if (here / "state" / "records" / f"{night:04d}.json").exists():
                     continue
                 with session(num_cpus=2):
                     config = settings(made, train=True, epochs=epochs)
-                    result = ingest(str(here / "arrivals"), str(here / "state"), config=config)
+                    result = ingest(str(arrivals), str(here / "state"), config=config)
                 assert result.night == night, result
                 told = cells.add(**about, **measured(result, truth))
                 print({name: told[name] for name in told if name not in ("code", "seconds")}, flush=True)
