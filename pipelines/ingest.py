@@ -37,8 +37,11 @@ from tarsift.pipelines.findings import Finding, FindingConfig, find_findings
 from tarsift.pipelines.folding import run_fold
 from tarsift.pipelines.growing import for_tonight, grow
 from tarsift.pipelines.lock import hold
+from tarsift.pipelines.metrics import count_night
 from tarsift.pipelines.nights import Arrivals, State, compare, latest
+from tarsift.pipelines.notebook import html_table
 from tarsift.pipelines.pretrain import pretrain
+from tarsift.pipelines.printing import rows_of_night
 from tarsift.pipelines.progress import Listener, silent
 from tarsift.pipelines.report.nights import write_nights_page
 from tarsift.pipelines.run import Run, absolute_spec, refuse_encoders, reopen_run, with_absolute_paths
@@ -116,6 +119,9 @@ class NightResult:
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         return {**asdict(self), "alarming": self.alarming}
+
+    def _repr_html_(self) -> str:
+        return html_table("tarsift ingest", rows_of_night(self).items(), {"report": self.report, "nights": self.nights})
 
     @property
     def alarming(self) -> bool:
@@ -274,6 +280,7 @@ class Night:
         record = self._record(run, look, grown)
         self.state.commit(record)
         page = write_nights_page(self.state.folder, self.state.records, LOW_IS_BAD)
+        count_night(len(look["findings"]), len(look["drift"]))
         if bad is not None:
             raise bad
         return NightResult(

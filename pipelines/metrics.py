@@ -53,6 +53,10 @@ METRICS: dict[str, Metric] = {
         "counter", "Pieces of work with Ray, such as one clean, by how they ended: done, failed or interrupted.",
         ("outcome",),
     ),
+    "tarsift_nights_total": Metric("counter", "Nights of an ingestion that ended."),
+    "tarsift_findings_total": Metric(
+        "counter", "What was unlike the nights before, by kind: finding or drift.", ("kind",)
+    ),
     "tarsift_pass_running": Metric("gauge", "1 while a pass runs.", ("pass",)),
     "tarsift_pass_done_ratio": Metric("gauge", "Share of a running pass that is done, 0 to 1.", ("pass",)),
     "tarsift_last_progress_timestamp_seconds": Metric(
@@ -79,6 +83,18 @@ def to_ray(name: str, value: float, labels: Mapping[str, str]) -> None:
         return
     metric = _metric(name)
     (metric.inc if METRICS[name].kind == "counter" else metric.set)(value, dict(labels))
+
+
+def count_night(findings: int, drift: int, record: Record = to_ray) -> None:
+    """Count a night of an ingestion, and what it was unlike the others in; never fails."""
+    for name, value, labels in (
+        ("tarsift_nights_total", 1, {}),
+        ("tarsift_findings_total", findings, {"kind": "finding"}),
+        ("tarsift_findings_total", drift, {"kind": "drift"}),
+    ):
+        if value:  # Ray refuses to add nothing
+            with suppress(Exception):
+                record(name, value, labels)
 
 
 class Reporter:

@@ -83,34 +83,38 @@ def rows_of_result(result: Any) -> dict[str, str]:
 
 def print_night(result: Any, console: Console) -> None:
     """Say what a night brought, whether it was like the others, and where the results are."""
+    links = {"report": result.report, "nights": result.nights}
+    print_rows(rows_of_night(result) | {name: str(url) for name, url in links.items() if url}, console)
+
+
+def rows_of_night(result: Any) -> dict[str, str]:
     if result.night is None:
-        console.print("nothing new has come in", highlight=False)
-        return
+        return {"night": "nothing new has come in"}
     counts = result.counts
+    parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in result.seconds.items())
     rows = {
         f"night {result.night}": f"{result.shards:,} shards, {counts['read']:,} samples in "
-        f"{sum(result.seconds.values()):.0f} s ({', '.join(f'{n} {s:.0f}' for n, s in result.seconds.items())})",
+        f"{sum(result.seconds.values()):.0f} s ({parts})",
         "kept": f"{counts['kept']:,}   {result.out}/clean",
         "removed": f"{counts['removed']:,}   {result.out}/removed",
         "errored": f"{counts['errored']:,}",
     }
     if result.changed:
-        rows["changed"] = f"{len(result.changed)} shards had other bytes before and were taken again: " + _some(
-            result.changed
+        rows["changed"] = (
+            f"{len(result.changed):,} shards had other bytes, and were taken again: {_some(result.changed)}"
         )
     if result.gone:
-        rows["gone"] = f"{len(result.gone)} shards of earlier nights are not there any more: {_some(result.gone)}"
-    rows |= {"report": str(result.report), "nights": str(result.nights)}
-    for name, text in rows.items():
-        console.print(f"{name:12} {text}", highlight=False, markup=False, soft_wrap=True)
-    for text in result.drift:
-        console.print(f"drift        {text}", style="bold", highlight=False, markup=False, soft_wrap=True)
-    for finding in result.findings:
+        rows["gone"] = f"{len(result.gone):,} shards of earlier nights are not there any more: {_some(result.gone)}"
+    for i, text in enumerate(result.drift, 1):
+        rows[f"drift {i}"] = text
+    for i, finding in enumerate(result.findings, 1):
         said = ", ".join(f"{visible(caption, 60)!r} x {n}" for caption, n in finding.captions[:3])
-        text = f"{finding.members} suspects lie together and say the same (value {finding.value:.2f}): {said}"
-        console.print(f"finding      {text}", style="bold", highlight=False, markup=False, soft_wrap=True)
+        rows[f"finding {i}"] = (
+            f"{finding.members} suspects lie together and say the same (value {finding.value:.2f}): {said}"
+        )
     if not result.alarming:
-        console.print("             no finding, no drift", highlight=False)
+        rows["unusual"] = "nothing: no finding, no drift"
+    return rows
 
 
 def print_arrivals(found: Any, console: Console) -> None:
@@ -123,8 +127,7 @@ def print_arrivals(found: Any, console: Console) -> None:
         "gone": f"{len(found.gone):,} shards",
         "tonight": f"{len(found.new) + len(found.changed):,} shards, {size / 1e6:,.1f} MB",
     }
-    for name, text in rows.items():
-        console.print(f"{name:12} {text}", highlight=False, markup=False)
+    print_rows(rows, console)
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

@@ -35,7 +35,7 @@ from tarsift.pipelines.options import (
     spread_settings,
     verdict_settings,
 )
-from tarsift.pipelines.printing import Screen, answer, print_arrivals, print_night
+from tarsift.pipelines.printing import Screen, print_arrivals, print_night, sum_up
 from tarsift.pipelines.progress import shown_progress
 
 commands = typer.Typer()
@@ -120,6 +120,6 @@ def ingest(
         return
     with shown_progress(quiet) as progress:
         result = recipe(shards, state, config=settings, root=root, progress=progress)
-    answer(result.to_json(), lambda console: print_night(result, console), as_json=json_, quiet=quiet)
+    sum_up(result.to_json(), lambda console: print_night(result, console), as_json=json_, quiet=quiet)
     if fail_on_findings and result.alarming:
         raise typer.Exit(EXIT_CODES["findings"])
