@@ -64,8 +64,25 @@ def decode_image(
     Raises:
         UnusableImage: with the reason code.
     """
+    return _square(lambda: Image.open(io.BytesIO(data), formats=config.formats), fit, config)
+
+
+def fit_image(
+    image: Image.Image, *, fit: Callable[[Image.Image], Image.Image], config: ImageConfig
+) -> UInt8[np.ndarray, "size size 3"]:
+    """Do as `decode_image` with an image that is open already, of any format.
+
+    Raises:
+        UnusableImage: with the reason code.
+    """
+    return _square(lambda: image, fit, config)
+
+
+def _square(
+    opened: Callable[[], Image.Image], fit: Callable[[Image.Image], Image.Image], config: ImageConfig
+) -> UInt8[np.ndarray, "size size 3"]:
     try:
-        image = Image.open(io.BytesIO(data), formats=config.formats)
+        image = opened()
         if image.width * image.height > config.max_pixels:
             raise UnusableImage("too_many_pixels")
         image.load()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import UInt8
 
 from tarsift.operators.decoding import ImageConfig, UnusableImage, decode_image, fit_to_square, strict_pillow
 from tarsift.operators.isolation import IsolatedDecoder
@@ -23,6 +25,26 @@ def hash_images(table: pa.Table) -> pa.Table:
         for image in (value.as_buffer() for value in chunk)
     ]
     return append(table, {"image_sha256": pa.array(digests, pa.binary(32))})
+
+
+def append_pixels(
+    table: pa.Table, images: Sequence[Any], decode: Callable[[Any], UInt8[np.ndarray, "size size 3"]], size: int
+) -> pa.Table:
+    """Append `pixels`, those of `images` (n), and the reason why a row has none to `error`; None is no image."""
+    pixels = np.zeros((len(table), size, size, 3), np.uint8)
+    reasons: list[str | None] = [None] * len(table)
+    for i, image in enumerate(images):
+        if image is None:
+            continue
+        try:
+            pixels[i] = decode(image)
+        except UnusableImage as unusable:
+            reasons[i] = unusable.reason
+    usable = np.array([image is not None for image in images], bool) & np.array([r is None for r in reasons], bool)
+    table = append(table, {"pixels": fixed_size_list(pixels.reshape(len(table), size**2 * 3), usable)})
+    if "error" not in table.column_names:
+        table = append(table, {"error": pa.nulls(len(table), pa.string())})
+    return set_error(table, reasons) if any(reasons) else table
 
 
 class DecodeImages:
@@ -63,23 +85,8 @@ class DecodeImages:
         )
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        column = table["image"]
-        pixels = np.zeros((len(column), self.size, self.size, 3), np.uint8)
-        reasons: list[str | None] = [None] * len(column)
-        with self._decoder() as decode:
-            for i, image in enumerate(column.to_pylist()):  # a table is bounded; one by one costs 2 % of decoding
-                if image is None:
-                    continue
-                try:
-                    pixels[i] = decode(image)
-                except UnusableImage as unusable:
-                    reasons[i] = unusable.reason
-        usable = np.asarray(column.is_valid()) & np.array([reason is None for reason in reasons], bool)
-        table = append(table, {"pixels": fixed_size_list(pixels.reshape(len(column), self.size**2 * 3), usable)})
-        if "error" not in table.column_names:
-            table = append(table, {"error": pa.nulls(len(column), pa.string())})
-        if any(reasons):
-            table = set_error(table, reasons)
+        with self._decoder() as decode:  # a table is bounded; one by one costs 2 % of decoding
+            table = append_pixels(table, table["image"].to_pylist(), decode, self.size)
         return table if self.keep_image else table.drop_columns(["image"])
 
     @contextmanager

@@ -278,7 +278,7 @@ class Sample:
         elif fault:
             caption, reason = None, fault
         else:
-            caption, reason = _json_text(fields.get(config.captions.removeprefix("json:")), config.max_caption_bytes)
+            caption, reason = caption_of(fields.get(config.captions.removeprefix("json:")), config.max_caption_bytes)
         uid = fields.get("uid")
         named = isinstance(uid, str | int) and not isinstance(uid, bool) and uid != ""
         uid = _printable(str(uid).encode("utf-8", "replace")) if named else f"{shard}/{key}"
@@ -358,7 +358,8 @@ def _text(data: bytes | None, size: int) -> tuple[str | None, str | None]:
     return text, reason
 
 
-def _json_text(value: Any, max_bytes: int) -> tuple[str | None, str | None]:
+def caption_of(value: Any, max_bytes: int) -> tuple[str | None, str | None]:
+    """Return the caption that a value is, or the first string of a list, and the reason code of what is wrong."""
     if isinstance(value, list):
         value = next((item for item in value if isinstance(item, str)), None)
     if not isinstance(value, str):
