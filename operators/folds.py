@@ -219,6 +219,27 @@ class DrawnRows:
         return rows.take(pa.array(order[first]))
 
 
+class SumOfDigests:
+    """Fold: the sum of `image_sha256` over all rows, as 32 bytes: the same for the same images in any order.
+
+    Whoever supplies only part of the rows cannot foresee it.
+    """
+
+    columns = ("image_sha256",)
+
+    def init(self) -> int:
+        return 0
+
+    def add(self, state: int, table: pa.Table) -> int:
+        return self.merge(state, sum(int.from_bytes(d, "big") for d in table["image_sha256"].to_pylist() if d))
+
+    def merge(self, a: int, b: int) -> int:
+        return (a + b) % (1 << 256)
+
+    def finish(self, state: int) -> bytes:
+        return state.to_bytes(32, "big")
+
+
 class CountDuplicates:
     """Fold: how often each image occurs, for the images of one partition; finishes to those seen twice or more.
 

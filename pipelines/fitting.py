@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +39,28 @@ ROWS_FOR_SCALES = 4096  # of the candidates, where rules are kept: medians take 
 TRUSTED = "Scored against a trusted reference: no rate is too high, as long as nothing in the reference is poisoned."
 
 
+class ScoreSources(Protocol):
+    """What the fits look at: who judges what, the rows to fold over, and where rules are kept."""
+
+    @property
+    def sides(self) -> Sides: ...
+    @property
+    def first(self) -> str: ...
+    @property
+    def standing(self) -> StandingReference | None: ...
+    def fold(
+        self,
+        fold: Fold,
+        names: Sequence[str],
+        role: str,
+        *,
+        scored: bool = False,
+        second: str | None = None,
+        standing: bool = True,
+    ) -> Any: ...
+    def rule(self, name: str) -> str: ...
+
+
 @dataclass(frozen=True)
 class ScoreFolders:
     """Where the passes of one result folder keep their files, and whose embeddings they look at."""
@@ -55,18 +77,27 @@ class ScoreFolders:
         return Stored(self.embeddings(role), ("shard", "row", *columns), f"{role}_")
 
     def fold(
-        self, fold: Fold, names: Sequence[str], role: str, *, scored: bool = False, second: str | None = None
+        self,
+        fold: Fold,
+        names: Sequence[str],
+        role: str,
+        *,
+        scored: bool = False,
+        second: str | None = None,
+        standing: bool = True,
     ) -> Any:
-        """Run a fold over what a role has embedded: the rows of the dump, and of the standing reference.
+        """Run a fold over what a role has embedded.
 
         Args:
+            names: of the shards.
             scored: with their density beside; second: with another role's embeddings of the images too.
+            standing: over the rows of the standing reference as well, where there is one.
         """
         folders: list[str | Stored] = [self.embeddings(role), *([self.density] if scored else [])]
         if second:
             folders.append(self.seen_by(second, "image_embedding"))
         beside = None
-        if self.standing:
+        if standing and self.standing:
             density = [Stored(storage.join(self.out, "reference"), drawn=True)] if scored else []
             also = [self.standing.stored(second, "image_embedding", prefix=f"{second}_")] if second else []
             beside = [STANDING], [self.standing.stored(role), *density, *also]
@@ -89,7 +120,7 @@ class ScoreFolders:
 
 def fit_reference(
     shards: Sequence[Shard],
-    folders: ScoreFolders,
+    folders: ScoreSources,
     config: CleanConfig,
     key: bytes,
     *,
@@ -116,9 +147,9 @@ def fit_reference(
         about |= _fit_density(names, folders, config, key, int(hashes[-1]), trusted, kept=kept)
     if sides.captions:
         about["pairs"] = _fit_mismatch(names, folders, config, key, int(hashes[-1]), kept=kept)
-    first = folders.embeddings(folders.first)
     partitions = max(1, -(-samples // IMAGES_PER_PARTITION))
-    found = [run_fold(CountDuplicates(p, partitions, key=key), names, [first]) for p in range(partitions)]
+    folds = (CountDuplicates(p, partitions, key=key) for p in range(partitions))
+    found = [folders.fold(fold, names, folders.first, standing=False) for fold in folds]
     ids, counts = (np.concatenate(columns) for columns in zip(*found, strict=True))
     order = np.argsort(ids)
     save_arrays(folders.rule("duplicates"), {"ids": ids[order], "counts": counts[order]}, {})
@@ -127,7 +158,7 @@ def fit_reference(
 
 def _fit_density(
     names: Sequence[str],
-    folders: ScoreFolders,
+    folders: ScoreSources,
     config: CleanConfig,
     key: bytes,
     largest: int,
@@ -150,7 +181,7 @@ def _fit_density(
         else:
             search = {"backend": config.resources.backend, "threads": config.resources.threads}
             densities = run_task(_density_of, ScoreDensity(rule, key=key, **search), standing.stored(folders.first))
-        put_table(storage.join(folders.out, "reference", f"{STANDING}.parquet"), densities)
+        put_table(folders.rule(STANDING).removesuffix(".npz") + ".parquet", densities)
     return {
         "rows": len(rule.contaminated.ids),
         "trusted": config.reference.path,
@@ -167,7 +198,7 @@ def _density_of(score: ScoreDensity, stored: Stored) -> pa.Table:
 
 
 def _fit_mismatch(
-    names: Sequence[str], folders: ScoreFolders, config: CleanConfig, key: bytes, largest: int, *, kept: bool
+    names: Sequence[str], folders: ScoreSources, config: CleanConfig, key: bytes, largest: int, *, kept: bool
 ) -> int:
     """Fit and save the rule for captions, or take the one that is kept; return how many pairs it compares with."""
     if kept and folders.standing:
@@ -179,15 +210,13 @@ def _fit_mismatch(
     return len(rule.reference.ids)
 
 
-def _fetch_pairs(names: Sequence[str], folders: ScoreFolders, key: bytes, largest: int) -> dict[str, np.ndarray]:
+def _fetch_pairs(names: Sequence[str], folders: ScoreSources, key: bytes, largest: int) -> dict[str, np.ndarray]:
     """Return images, captions, ids and hashes of the candidate sample, in this order."""
     role = folders.sides.captions
     assert role is not None  # asked for where captions judge
     rows = folders.fold(FetchRows(largest, key=key, also={"captions": "text_embedding"}), names, role)
     if "captions" not in rows:
-        raise UsageError(
-            f"{folders.embeddings(role)} holds no caption embeddings: the encoder's `towers` must have image and text."
-        )
+        raise UsageError(f"there are no caption embeddings: the `towers` of the {role} must have image and text.")
     return {name: rows[name] for name in ("embeddings", "captions", "ids", "hashes")}
 
 
@@ -204,7 +233,7 @@ def run_job(fit: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
 
 
 def fit_enriched(
-    shards: Sequence[Shard], folders: ScoreFolders, config: CleanConfig, key: bytes, *, largest_candidate_hash: int
+    shards: Sequence[Shard], folders: ScoreSources, config: CleanConfig, key: bytes, *, largest_candidate_hash: int
 ) -> None:
     """Fit what needs the density: smoothing among suspects and as many others, and the verdict; save both."""
     names, sides = [shard.name for shard in shards], folders.sides
@@ -222,7 +251,7 @@ def fit_enriched(
 
 
 def _fetch_scored(
-    names: Sequence[str], folders: ScoreFolders, config: CleanConfig, key: bytes, largest_candidate_hash: int
+    names: Sequence[str], folders: ScoreSources, config: CleanConfig, key: bytes, largest_candidate_hash: int
 ) -> tuple[ScoredRows, ScoredRows, ScoredRows]:
     """Return suspects, others and the candidate sample, with their density."""
     also = {"captions": "text_embedding"}

@@ -32,7 +32,7 @@ from tarsift.operators.sides import Sides
 from tarsift.operators.stored import ReadStored, Stored
 from tarsift.pipelines.commit import PassResult, run_pass, run_whole
 from tarsift.pipelines.config import CleanConfig
-from tarsift.pipelines.fitting import ScoreFolders, fit_enriched, fit_reference
+from tarsift.pipelines.fitting import ScoreFolders, ScoreSources, fit_enriched, fit_reference
 from tarsift.pipelines.ledger import Ledger, fingerprint
 from tarsift.pipelines.progress import Listener, silent
 from tarsift.pipelines.reading import shard_items, shards_of
@@ -73,36 +73,42 @@ class DensityScorer:
             yield from map(self.score, self.read(shard.name))
 
 
+def last_maps(sources: ScoreSources, key: bytes, search: Search) -> list[Callable[[pa.Table], pa.Table]]:
+    """Load the saved rules, and return what appends all scores to rows with embeddings and density, in this order."""
+    sides = sources.sides
+    options = {"key": key, "backend": search.backend, "threads": search.threads}
+    prefix = f"{sides.captions}_" if sides.captions and sides.captions != sources.first else ""
+
+    def saved(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        return load_arrays(sources.rule(name))
+
+    copies, _ = saved("duplicates")
+    maps: list[Callable[[pa.Table], pa.Table]] = [CountCopies(copies["ids"], copies["counts"], key=key)]
+    if sides.density:
+        smoothing = SmoothingRule.from_state(*saved("smoothing"))
+        maps.append(SmoothScores(smoothing, witness=f"{prefix}image_embedding", **options))
+    if sides.captions:
+        towers = {"embedding": f"{prefix}image_embedding", "captions": f"{prefix}text_embedding"}
+        maps.append(ScoreMismatch(MismatchRule.from_state(*saved("mismatch")), **towers, **options))
+        judges = {side: side in sides.judges for side in ("density", "captions")}
+        maps.append(Judge(Verdict.from_state(*saved("verdict")), **judges))
+    return maps
+
+
 class LastScorer:
     """Shards' names to tables with all score columns; loads the saved rules once."""
 
     def __init__(self, folders: ScoreFolders, key: bytes, search: Search):
         sides = folders.sides
-        options = {"key": key, "backend": search.backend, "threads": search.threads}
         both = ("shard", "row", *BOTH_TOWERS)
         if sides.density:
             sources = [Stored(folders.embeddings(sides.density), both), Stored(folders.density)]
         else:
             sources = [Stored(folders.embeddings(folders.first), (*CARRIED, *BOTH_TOWERS))]
-        prefix = ""
         if sides.captions and sides.captions != folders.first:
-            prefix = f"{sides.captions}_"
             sources.append(folders.seen_by(sides.captions, *BOTH_TOWERS, "clip_similarity"))
         self.read = ReadStored(sources, batch_rows=search.batch_rows, receipts=True)
-
-        def saved(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-            return load_arrays(folders.rule(name))
-
-        copies, _ = saved("duplicates")
-        self.maps: list[Callable[[pa.Table], pa.Table]] = [CountCopies(copies["ids"], copies["counts"], key=key)]
-        if sides.density:
-            smoothing = SmoothingRule.from_state(*saved("smoothing"))
-            self.maps.append(SmoothScores(smoothing, witness=f"{prefix}image_embedding", **options))
-        if sides.captions:
-            towers = {"embedding": f"{prefix}image_embedding", "captions": f"{prefix}text_embedding"}
-            self.maps.append(ScoreMismatch(MismatchRule.from_state(*saved("mismatch")), **towers, **options))
-            judges = {side: side in sides.judges for side in ("density", "captions")}
-            self.maps.append(Judge(Verdict.from_state(*saved("verdict")), **judges))
+        self.maps = last_maps(folders, key, search)
 
     def __call__(self, items: pa.Table) -> Iterator[pa.Table]:
         for shard in shards_of(items):

@@ -90,7 +90,7 @@ def session(num_cpus: int | None = None, *, stall_timeout_s: float = STALL_TIMEO
         with handlers_kept():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     try:
-        with failures_told(), _data_context(stall_timeout_s):
+        with failures_told(), data_settings(ray.data.DataContext.get_current(), stall_timeout_s):
             yield
     finally:
         if mine:
@@ -120,9 +120,12 @@ def _local_options(num_cpus: int | None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _data_context(stall_timeout_s: float) -> Iterator[None]:
-    """Settings of Ray Data while a recipe runs; the user's are put back afterwards."""
-    context = ray.data.DataContext.get_current()
+def data_settings(context: ray.data.DataContext, stall_timeout_s: float, **more: Any) -> Iterator[None]:
+    """Settings of Ray Data while a recipe runs, and `more`; the user's are put back afterwards.
+
+    Args:
+        context: the present one, or that of a Dataset, which keeps the one it was made in.
+    """
     settings = {
         "enable_progress_bars": False,
         "print_on_execution_start": False,
@@ -132,6 +135,7 @@ def _data_context(stall_timeout_s: float) -> Iterator[None]:
         "max_errored_blocks": 0,
         "raise_original_map_exception": True,  # else an error of ours is text inside one of Ray's
         "retried_io_errors": [*context.retried_io_errors, *TRANSIENT_ERRORS],
+        **more,
     }
     before = {name: getattr(context, name) for name in settings}
     loggers = [logging.getLogger(name) for name in ("ray.data", "ray.train", "ray.tune")]

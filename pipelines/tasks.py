@@ -26,6 +26,7 @@ def side_by_side(
     *,
     num_returns: int = 1,
     max_retries: int | None = None,
+    num_cpus: float = 1,
     num_gpus: float = 0,
     at_once: int | None = None,
     timeout_s: float | None = None,
@@ -36,6 +37,7 @@ def side_by_side(
         calls: items with the arguments of their call; taken up as there is room.
         num_returns: results of a call; those after the first need not be fetched.
         max_retries: how often a call whose worker died is tried again; a few times where None.
+        num_cpus: of a call; 0 where Ray Data may hold all that there are.
         num_gpus: of a call; its share of one, or several.
         at_once: calls at most at a time; a few per CPU where None.
         timeout_s: seconds in which some call must end; those of the session where None.
@@ -48,7 +50,7 @@ def side_by_side(
         TarsiftError: see `next_done`. However it ends, no call runs on.
     """
     retries: dict[str, Any] = TASK_OPTIONS if max_retries is None else {"max_retries": max_retries}
-    task: Any = ray.remote(num_cpus=1, num_gpus=num_gpus, num_returns=num_returns, **retries)(function)
+    task: Any = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, num_returns=num_returns, **retries)(function)
     limit = at_once or max(2, PER_CPU * int(ray.cluster_resources().get("CPU", 1)))
     waiting = iter(calls)
     running: dict[ray.ObjectRef, Item] = {}

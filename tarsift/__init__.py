@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tarsift.pipelines.pretrain import pretrain
     from tarsift.pipelines.reading import read_shards
     from tarsift.pipelines.repair import repair
+    from tarsift.pipelines.score_dataset import score_dataset
     from tarsift.pipelines.skipping import drop_flagged, skip_flagged
     from tarsift.pipelines.trace import trace
     from tarsift.pipelines.verify import verify
@@ -50,6 +51,7 @@ _HOMES = {
     "poison": "pipelines.poison",
     "pretrain": "pipelines.pretrain",
     "repair": "pipelines.repair",
+    "score_dataset": "pipelines.score_dataset",
     "drop_flagged": "pipelines.skipping",
     "skip_flagged": "pipelines.skipping",
     "trace": "pipelines.trace",
@@ -75,6 +77,7 @@ __all__ = [
     "pretrain",
     "read_shards",
     "repair",
+    "score_dataset",
     "skip_flagged",
     "suspicion",
     "trace",
