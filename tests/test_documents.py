@@ -43,8 +43,12 @@ def blocks(language: str, page: str = "README.md") -> list[str]:
 
 
 def test_python_of_the_readme_runs(ray_session, dump, encoder, tmp_path):
+    from tarsift.pipelines.reading import read_shards
+
     (tmp_path / "enc.pt").write_bytes(Path(encoder).read_bytes())
     (tmp_path / "dump").symlink_to(dump)
+    pairs = read_shards(str(dump)).select_columns(["image", "caption"]).to_pandas()
+    pairs.rename(columns={"image": "photo", "caption": "text"}).to_parquet(tmp_path / "pairs.parquet")
     assert blocks("python")
     for block in blocks("python"):
         exec(compile(block.replace("/data", str(tmp_path)), "README.md", "exec"), {"__name__": "readme"})
