@@ -139,10 +139,15 @@ def pictures_of(column: pa.ChunkedArray) -> list[bytes | Image.Image | None]:
     Raises:
         UsageError: for a value that is none of them.
     """
-    return [_picture(value) for value in column.to_pylist()]
+    return [picture_of(value) for value in column.to_pylist()]
 
 
-def _picture(value: Any) -> bytes | Image.Image | None:
+def picture_of(value: Any) -> bytes | Image.Image | None:
+    """Return the picture that a value is; None if it is none.
+
+    Raises:
+        UsageError: if it is of another kind.
+    """
     if isinstance(value, Mapping) and "bytes" in value:  # as the datasets of Hugging Face keep images
         value = value["bytes"]
     if value is None or isinstance(value, bytes | Image.Image):

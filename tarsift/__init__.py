@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tarsift.pipelines.pretrain import pretrain
     from tarsift.pipelines.reading import read_shards
     from tarsift.pipelines.repair import repair
+    from tarsift.pipelines.report.shown import flagged_groups, flagged_samples, gallery
     from tarsift.pipelines.score_dataset import score_dataset
     from tarsift.pipelines.skipping import drop_flagged, skip_flagged
     from tarsift.pipelines.trace import trace
@@ -51,6 +52,9 @@ _HOMES = {
     "poison": "pipelines.poison",
     "pretrain": "pipelines.pretrain",
     "repair": "pipelines.repair",
+    "flagged_groups": "pipelines.report.shown",
+    "flagged_samples": "pipelines.report.shown",
+    "gallery": "pipelines.report.shown",
     "score_dataset": "pipelines.score_dataset",
     "drop_flagged": "pipelines.skipping",
     "skip_flagged": "pipelines.skipping",
@@ -70,6 +74,9 @@ __all__ = [
     "evaluate",
     "export",
     "ingest",
+    "flagged_groups",
+    "flagged_samples",
+    "gallery",
     "list_shards",
     "load_config",
     "notebook_progress",

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from tarsift.operators import storage
-from tarsift.operators.decoding import ImageConfig
-from tarsift.pipelines.ledger import RunFile
 from tarsift.pipelines.progress import Event, Listener, silent
-from tarsift.pipelines.report.data import FOLDS, ReportConfig, collect, shards_of_run
-from tarsift.pipelines.report.gallery import nearest_of_cards, pictures_wanted
+from tarsift.pipelines.report.data import FOLDS, ReportConfig
+from tarsift.pipelines.report.gallery import gathered
 from tarsift.pipelines.report.page import page
-from tarsift.pipelines.report.pictures import make_thumbnails
 from tarsift.pipelines.report.render import render
 
 __all__ = ["ReportConfig", "write_report"]
@@ -30,18 +27,7 @@ def write_report(out: str, *, config: ReportConfig | None = None, progress: List
         UsageError: if `out` is no result folder, or was not scored and flagged yet.
     """
     config, progress = config or ReportConfig(), progress or silent
-    run = RunFile.load_or_refuse(out).content
-    evidence = collect(
-        out, run, config=config, tick=lambda done, total: progress(Event("report", done, total, unit="tables"))
-    )
-    nearest = nearest_of_cards(evidence, config)
-    thumbs = make_thumbnails(
-        pictures_wanted(evidence, nearest, config),
-        shards_of_run(run),
-        images=ImageConfig(),
-        max_scan_bytes=config.max_scan_bytes,
-        threads=config.threads,
-    )
+    run, evidence, nearest, thumbs = gathered(out, config=config, progress=progress)
     html = render("report.html", page(out, run, evidence, nearest, thumbs, config))
     url = storage.join(out, "report.html")
     storage.put_bytes(url, html)

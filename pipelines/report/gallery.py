@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 
 from tarsift.clip_detect.neighbors import knn
+from tarsift.operators.decoding import ImageConfig
+from tarsift.pipelines.ledger import RunFile
+from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.report.answers import LETTERS, letter_of, shards_of
 from tarsift.pipelines.report.charts import share_svg
-from tarsift.pipelines.report.data import Evidence, ReportConfig
+from tarsift.pipelines.report.data import Evidence, ReportConfig, collect, shards_of_run
 from tarsift.pipelines.report.groups import KINDS, Group, Kind, captions_of, first_of_each
-from tarsift.pipelines.report.pictures import LARGE, SMALL, Picture, Thumbnails
+from tarsift.pipelines.report.pictures import LARGE, SMALL, Picture, Thumbnails, make_thumbnails
 from tarsift.pipelines.report.rows import Rows
 
 CARD_SCORES = ("suspicion", "multiscale_slof", "purified_slof", "density", "clip_similarity")
@@ -27,6 +30,32 @@ class Nearest:
 
     suspects: list[list[int]]
     kept: list[list[int]]
+
+
+def gathered(
+    out: str, *, config: ReportConfig, progress: Listener = silent
+) -> tuple[dict[str, Any], Evidence, Nearest, Thumbnails]:
+    """Read what is known of a run, and fetch the pictures of it that are shown.
+
+    Returns:
+        `run.json`, what the tables of the run hold, neighbours and pictures.
+
+    Raises:
+        UsageError: if `out` is no result folder, or was not scored and flagged yet.
+    """
+    run = RunFile.load_or_refuse(out).content
+    evidence = collect(
+        out, run, config=config, tick=lambda done, total: progress(Event("report", done, total, unit="tables"))
+    )
+    nearest = nearest_of_cards(evidence, config)
+    thumbs = make_thumbnails(
+        pictures_wanted(evidence, nearest, config),
+        shards_of_run(run),
+        images=ImageConfig(),
+        max_scan_bytes=config.max_scan_bytes,
+        threads=config.threads,
+    )
+    return run, evidence, nearest, thumbs
 
 
 def nearest_of_cards(evidence: Evidence, config: ReportConfig) -> Nearest:

@@ -24,10 +24,30 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 def render(name: str, content: dict[str, Any]) -> bytes:
     """Fill the template `name`; everything in `content` that is not made by us as markup is escaped."""
-    css = (TEMPLATES / "report.css").read_text(encoding="utf-8")
+    css = _style()
     digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
     html = _environment().get_template(name).render(**content, css=Markup(css), css_hash=f"sha256-{digest}")
     return html.encode("utf-8", "backslashreplace")
+
+
+def render_piece(name: str, content: dict[str, Any]) -> str:
+    """Fill the template `name` of a piece that stands in a page of others, as the output of a notebook's cell does.
+
+    The style sheet is that of the report, for the piece alone; there, pictures are shown while the mouse is over them.
+    """
+    css = ".tarsift {\n" + _style().replace(":root", "&") + _PIECE + "}\n"
+    return _environment().get_template(name).render(**content, css=Markup(css))
+
+
+_PIECE = """
+& { background: var(--page); color: var(--ink); padding: 2px 12px; border-radius: 10px;
+    font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+.pic:hover img { filter: none; }
+"""
+
+
+def _style() -> str:
+    return (TEMPLATES / "report.css").read_text(encoding="utf-8")
 
 
 @cache

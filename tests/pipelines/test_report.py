@@ -318,7 +318,7 @@ def test_a_picture_that_kills_its_decoder_is_left_out_alone(tmp_path, monkeypatc
     shards = campaign()
     shards["a/00000"][5].picture += word
     monkeypatch.setenv("PYTHONPATH", hostile(tmp_path / "site"))
-    monkeypatch.setattr("tarsift.pipelines.report.ImageConfig", lambda: ImageConfig(timeout_s=2))
+    monkeypatch.setattr("tarsift.pipelines.report.gallery.ImageConfig", lambda: ImageConfig(timeout_s=2))
     result = make_result(tmp_path, shards)
     page = report(result)
     assert "1 picture (decoder_died)" in page.text
