@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tarsift.pipelines.poison import poison
     from tarsift.pipelines.pretrain import pretrain
     from tarsift.pipelines.reading import read_shards
+    from tarsift.pipelines.redo import redo
     from tarsift.pipelines.repair import repair
     from tarsift.pipelines.report.shown import flagged_groups, flagged_samples, gallery
     from tarsift.pipelines.score_dataset import score_dataset
@@ -51,6 +52,7 @@ _HOMES = {
     "notebook_progress": "pipelines.notebook",
     "poison": "pipelines.poison",
     "pretrain": "pipelines.pretrain",
+    "redo": "pipelines.redo",
     "repair": "pipelines.repair",
     "flagged_groups": "pipelines.report.shown",
     "flagged_samples": "pipelines.report.shown",
@@ -83,6 +85,7 @@ __all__ = [
     "poison",
     "pretrain",
     "read_shards",
+    "redo",
     "repair",
     "score_dataset",
     "skip_flagged",

@@ -78,17 +78,13 @@ def embed(
 
 def _redo(out: str, steps: list[str], changes: dict[str, Any], settings: list[str] | None, quiet: bool) -> Any:
     """Redo passes of a result folder with some settings changed."""
-    from tarsift.pipelines import clean as recipe
     from tarsift.pipelines.config import parse_settings
-    from tarsift.pipelines.run import reopen_run
+    from tarsift.pipelines.redo import redo_passes
 
     changes = {**changes, **parse_settings(settings or ())}
     with shown_progress(quiet) as progress:
         given = {name: value for name, value in changes.items() if value is not None}
-        run = reopen_run(out, given, redo=steps[-1], progress=progress)
-        with run.working():
-            for step in steps:
-                getattr(recipe, f"{step}_step")(run)
+        run = redo_passes(out, steps, given, progress)
     stale = run.stale_passes()
     if stale:
         again = " && ".join(f"tarsift {name} {out}" for name in stale)

@@ -11,6 +11,7 @@ import pytest
 from tarsift.operators.encoder import ClipEncoder, encoder_info
 from tarsift.operators.errors import ChangedError, ConfigError, UsageError
 from tarsift.pipelines import clean as recipe
+from tarsift.pipelines import redo as redoing
 from tarsift.pipelines import score as scoring
 from tarsift.pipelines.clean import clean
 from tarsift.pipelines.commit import parts_of
@@ -198,3 +199,16 @@ def test_a_trusted_reference_that_was_refreshed_is_another_one(whole, out, tmp_p
     assert TrustedReference.find(str(reference), weights).digest != found.digest
     redo(out, "score")
     assert files(out, "scores") != first
+
+
+def test_another_threshold_in_a_notebook(whole, out):
+    found = redoing.redo(str(out), "flag", changes={"flag.value": 0.1, "flag.score": "dao_k16"})
+    assert found.counts["removed"] == 14
+    assert found.report is None
+    metadata = pq.read_schema(next((out / "flags").glob("*.parquet"))).metadata
+    assert metadata[b"tarsift.score"] == b"dao_k16"
+    again = redoing.redo(str(out), "write", "report")
+    assert again.counts["kept"] == members(out / "clean") // 2
+    assert again.report == f"{out}/report.html"
+    with pytest.raises(ConfigError, match=r"suspicion\.banks does not belong to the pass flag"):
+        redoing.redo(str(out), "flag", changes={"suspicion.banks": 2})
