@@ -294,7 +294,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=RESULTS.parent.parent / "scratch" / "nights")
     parser.add_argument("--results", type=Path, default=RESULTS / "nights.jsonl")
     parser.add_argument("--kind", nargs="*", choices=list(KINDS), default=list(KINDS))
-    parser.add_argument("--epochs", type=int, default=2, help="of each night's training")
+    parser.add_argument("--epochs", type=int, default=8, help="of each night's training")
     parser.add_argument("--last", type=int, default=NIGHTS, help="the last night that is run")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()

@@ -49,6 +49,7 @@ from tarsift.pipelines.session import session
 from tarsift.pipelines.standing import StandingReference
 from tarsift.pipelines.tasks import side_by_side
 from tarsift.pipelines.train_job import PretrainConfig
+from tarsift.pipelines.training import LR, TrainConfig
 
 KEY = b"tarsift.ingest"
 SAMPLED = 50_000  # rows by which the spread of a night's scores is measured
@@ -66,7 +67,7 @@ class IngestConfig(BaseModel):
     train: bool = Field(
         default=True, description="train the detect encoder further each night; false: encoders stand still"
     )
-    epochs: int = Field(default=2, ge=1, description="passes over tonight's and the replayed samples in a night")
+    epochs: int = Field(default=8, ge=1, description="passes over tonight's and the replayed samples in a night")
     replay: float = Field(
         default=1.0, ge=0, description="standing samples that are trained on again, per sample of tonight"
     )
@@ -78,13 +79,17 @@ class IngestConfig(BaseModel):
         "at which they are fitted again",
     )
     keep: int = Field(default=30, ge=1, description="nights whose embeddings and encoder are kept")
-    pretrain: PretrainConfig = Field(default=PretrainConfig(), description="further settings of the training")
+    pretrain: PretrainConfig = Field(
+        default=PretrainConfig(train=TrainConfig(lr=LR)), description="further settings of the training"
+    )
     drift: DriftConfig = DriftConfig()
     findings: FindingConfig = FindingConfig()
 
     @field_validator("pretrain")
     @classmethod
     def _left_alone(cls, pretrain: PretrainConfig) -> PretrainConfig:
+        if pretrain.train.lr is None:  # at the rate of further training a night's poison is not learned in the night
+            pretrain = pretrain.model_copy(update={"train": pretrain.train.model_copy(update={"lr": LR})})
         if wrong := sorted(pretrain.model_fields_set & set(SET_EACH_NIGHT)):
             raise ValueError(f"{', '.join(wrong)}: set each night, and cannot be given")
         return pretrain
