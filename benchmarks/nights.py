@@ -8,7 +8,7 @@ clean-label  the same patch on samples whose caption is left as it is (`patch-cl
 control      nothing
 
 Every picture of every night is encoded anew, as those are that a patch is put on, so that JPEG gives nothing away.
-Limits of drift and findings are chosen on seeds 100 and 101 (`--part tuning`) and reported on seed 1.
+Limits of drift and findings are chosen on seed 100 (`--part tuning`) and reported on seed 1.
 
 `--part fixed`: with encoders that stand still, what ten nights cost in CPU beside one run over all shards, and whether
 the reference and, against it, all scores and flags are the same. Counted is the CPU time of all processes of a command,
@@ -52,7 +52,7 @@ from tarsift.pipelines.train_job import PretrainConfig
 NIGHTS, PER_NIGHT, PLANTED = 10, 5, 6
 KINDS = {"control": None, "mismatched": "patch", "clean-label": "patch-clean-label"}
 RATE = 0.01
-PARTS = {"tuning": (100, 101), "reporting": (1,)}
+PARTS = {"tuning": (100,), "reporting": (1,)}
 TARGETS = {100: "volcano", 101: "lemon", 1: "kettle"}
 LABEL = "truck"  # whose samples a clean-label patch is put on
 EPOCHS = 20  # of the witness and of the first encoder
