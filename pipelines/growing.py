@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -14,9 +11,9 @@ import ray
 from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
 from tarsift.operators.folds import DrawnRows
-from tarsift.operators.listing import Shard, list_shards
+from tarsift.operators.listing import list_shards
+from tarsift.operators.repack import Taken, write_samples
 from tarsift.operators.schema import append
-from tarsift.operators.shards import fetch_members
 from tarsift.operators.sides import FEATURES, Sides
 from tarsift.operators.stored import ReadStored, Stored
 from tarsift.pipelines.config import CleanConfig
@@ -32,7 +29,6 @@ IDENTITY = ("shard", "row", "key", "uid", "caption", "image_sha256", "error")
 PLACE = ("image_offset", "image_size")
 EMBEDDINGS = ("image_embedding", "text_embedding")
 PICTURES_PER_SHARD = 1000
-_MAGIC = ((b"\x89PNG", "png"), (b"GIF8", "gif"), (b"RIFF", "webp"), (b"\xff\xd8", "jpg"))
 
 
 def for_tonight(
@@ -194,7 +190,7 @@ def _write_pictures(
     stored = None if standing is None else standing.read(next(iter(standing.weights)))
     stood = {} if standing is None or not standing.pictures else {s.name: s for s in list_shards(standing.pictures)}
     by_name = {shard.name: shard for shard in run.shards}
-    wanted: list[tuple[Shard, int, int, str | None]] = []
+    wanted: list[Taken] = []
     plain = rows.select(["shard", "caption", *PLACE]).to_pylist()
     for row, i in zip(plain, at.tolist(), strict=True):
         if i >= 0 and stored is not None:
@@ -202,7 +198,7 @@ def _write_pictures(
             place = [stored[name][i].as_py() for name in PLACE]
         else:
             source, place = by_name[row["shard"]], [row[name] for name in PLACE]
-        wanted.append((source, *place, row["caption"]))
+        wanted.append(Taken(source, *place, row["caption"]))
     chunks = [wanted[i : i + PICTURES_PER_SHARD] for i in range(0, len(wanted), PICTURES_PER_SHARD)]
     captions = run.config.read.captions
     calls = (
@@ -210,7 +206,7 @@ def _write_pictures(
         for i, chunk in enumerate(chunks)
     )
     places: dict[int, np.ndarray] = {}
-    for i, (result,) in side_by_side(_write_chunk, calls):
+    for i, (result,) in side_by_side(write_samples, calls):
         places[i] = ray.get(result)
         progress(Event("pictures", len(places), len(chunks), finished=len(places) == len(chunks)))
     return np.concatenate([places[i] for i in range(len(chunks))])
@@ -218,48 +214,3 @@ def _write_pictures(
 
 def _picture_shard(picture: int) -> str:
     return f"{picture // PICTURES_PER_SHARD:05d}"
-
-
-def _write_chunk(chunk: list[tuple[Shard, int, int, str | None]], url: str, captions: str) -> np.ndarray:
-    """Write samples as one shard; return offset and size of each image in it (n, 2)."""
-    images = _fetch(chunk)
-    places = np.zeros((len(chunk), 2), np.int64)
-    with storage.open_write(url) as sink, tarfile.open(fileobj=sink, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
-        for i, (image, (*_, caption)) in enumerate(zip(images, chunk, strict=True)):
-            places[i] = tar.offset + tarfile.BLOCKSIZE, len(image)
-            _add(tar, f"{i:06d}.{_extension(image)}", image)
-            if caption is not None:
-                _add(tar, *_caption_member(f"{i:06d}", caption, captions))
-    return places
-
-
-def _fetch(chunk: list[tuple[Shard, int, int, str | None]]) -> list[bytes]:
-    by_shard: dict[str, list[int]] = defaultdict(list)
-    for i, (shard, *_) in enumerate(chunk):
-        by_shard[shard.url].append(i)
-    images: list[bytes] = [b""] * len(chunk)
-    for indices in by_shard.values():
-        ranges = [(chunk[i][1], chunk[i][2]) for i in indices]
-        for i, image in zip(indices, fetch_members(chunk[indices[0]][0], ranges), strict=True):
-            images[i] = image
-    return images
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
-
-
-def _caption_member(key: str, caption: str, captions: str) -> tuple[str, bytes]:
-    """Return name and content of the member that holds a caption, as it is read in the dump."""
-    kind, _, name = captions.partition(":")
-    if kind == "json":
-        import json
-
-        return f"{key}.json", json.dumps({name: caption}).encode()
-    return f"{key}.txt", caption.encode()
-
-
-def _extension(image: bytes) -> str:
-    return next((name for magic, name in _MAGIC if image.startswith(magic)), "jpg")
