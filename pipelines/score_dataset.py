@@ -104,11 +104,12 @@ def score_dataset(
 
 @dataclass(frozen=True)
 class Columns:
-    """Own columns of a Dataset: which there are, which are looked at, and which the result has."""
+    """Own columns of a Dataset: which are looked at, and which the result has and has not."""
 
     image: str
     caption: str | None
     kept: tuple[str, ...]
+    left_out: tuple[str, ...]
     embeddings: bool
 
     @classmethod
@@ -136,7 +137,7 @@ class Columns:
                 f"the result gets columns of the names {', '.join(same)}, which the Dataset has: rename them, drop "
                 f"them with ds.drop_columns({same!r}), or give them as leave_out."
             )
-        return cls(image, caption, kept, embeddings)
+        return cls(image, caption, kept, tuple(leave_out), embeddings)
 
 
 def _bare(name: str) -> str:
@@ -209,7 +210,7 @@ def _encode(
     last = [*infos][-1]
     for role, info in infos.items():
         rows = map_tables(rows, _decoded, {"decode": _decode(columns, config, info)}, num_cpus=READ_CPUS)
-        lost = [OWN + name for name in ds.columns() or [] if name not in columns.kept] if role == last else []
+        lost = [OWN + name for name in columns.left_out] if role == last else []
         arguments = {
             "encoder": config.encoders[role].model_copy(update={"threads": config.resources.threads}),
             "weights_sha256": info.weights_sha256,

@@ -81,9 +81,11 @@ def test_a_dataset_of_ones_own_is_scored(tmp_path):
     notebook = executed("score_a_dataset", tmp_path)
     text = text_of(notebook)
     [[found, planted, highest]] = re.findall(r"(\d+) of (\d+) poisoned pairs are among the (\d+) highest", text)
-    assert int(found) > 0.8 * int(planted)
-    assert int(highest) < 0.06 * 1500
-    assert re.search(r"404 page.*NaN +undecodable_image|NaN +undecodable_image", text)
+    assert int(found) > 0.7 * int(planted)
+    assert int(highest) < 0.06 * 2000
+    [both] = re.findall(rf"(\d+) of {planted} by suspicion\n", text)
+    assert int(both) > 0.9 * int(planted)
+    assert text.count("undecodable_image") == 2
     assert html_of(notebook).count("data:image/webp") >= 12
 
 
@@ -93,9 +95,9 @@ def test_thresholds_are_changed_without_encoding(tmp_path):
     text = text_of(notebook)
     by_fraction = re.findall(r"policy fraction, value ([\d.]+), score suspicion: (\d+) removed, (\d+)% of", text)
     fractions, removed, recall = ([float(row[i]) for row in by_fraction[:5]] for i in range(3))
-    assert removed == [round(1500 * fraction) for fraction in fractions]
+    assert removed == [round(2000 * fraction) for fraction in fractions]
     assert recall == sorted(recall)
-    assert recall[-1] > 90
+    assert recall[-1] > 80
     assert html_of(notebook).count("<svg") >= 5
 
 

@@ -24,7 +24,7 @@ MOST = 500  # samples of a gallery
 BINS = 80
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Shown:
     """A piece of HTML that a notebook displays; pictures in it are blurred until the mouse is over them.
 
@@ -35,6 +35,9 @@ class Shown:
 
     def _repr_html_(self) -> str:
         return self.html
+
+    def __repr__(self) -> str:
+        return f"Shown(HTML of {len(self.html):,} characters)"
 
 
 def gallery(

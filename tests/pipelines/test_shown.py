@@ -29,6 +29,7 @@ def planted(tmp_path_factory):
 
 def body(piece: shown.Shown) -> str:
     """The piece behind its style, when it is known to load, run and close nothing."""
+    assert len(repr(piece)) < 80
     style, _, rest = piece._repr_html_().partition("</style>")
     assert style.startswith("<style>.tarsift {")
     assert rest.startswith('<div class="tarsift">')
