@@ -142,7 +142,7 @@ def distribution(
         cutoff: drawn as a line where given.
     """
     there = np.isfinite(scores)
-    low, high = (float(end) for end in (scores[there].min(initial=0), scores[there].max(initial=1)))
+    low, high = (float(scores[there].min()), float(scores[there].max())) if there.any() else (0.0, 1.0)
     edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
     first, second = (np.histogram(scores[there & mask], edges)[0] for mask in (~marked, marked))
     return histogram_svg(Histogram(name, low, float(edges[-1]), first, second, cutoff=cutoff, groups=groups))

@@ -100,7 +100,10 @@ def test_a_folder_that_is_no_result_is_refused(tmp_path):
 def test_charts_stand_below_their_titles():
     scores = np.array([0.0, 1.0, np.nan, 9.0])
     histogram = shown.distribution("suspicion", scores, scores > 5, groups=("clean", "poison"), cutoff=4.0)
-    assert "2 clean and 1 poison samples" in histogram
+    assert "2 clean and 1 poison samples from 0 to 9, cut-off 4" in histogram
+    apart = shown.distribution("k_distance", np.array([0.5, 0.7]), np.array([False, True]))
+    assert "1 kept and 1 flagged samples from 0.5 to 0.7" in apart
+    assert "0 kept and 0 flagged" in shown.distribution("none", np.array([np.nan]), np.array([True]))
     line = Line("recall", "line-0", np.array([0.0, 1.0]), np.array([0.0, 1.0]))
     marks = (0.0, 0.5, 1.0)
     curve = lines_svg([line], x=Axis("removed, %", marks), y=Axis("found, %", marks), summary="recall")
