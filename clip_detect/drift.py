@@ -28,7 +28,7 @@ class DriftConfig(BaseModel):
 
     nights: int = Field(default=30, ge=1, description="earlier nights that are compared with, the latest")
     after: int = Field(default=3, ge=2, description="nights before anything is judged")
-    z: float = Field(default=4.0, gt=0, description="standard deviations, of a share between nights, that are drift")
+    z: float = Field(default=3.5, gt=0, description="standard deviations, of a share between nights, that are drift")
     ratio: float = Field(default=1.25, ge=1, description="times the share expected, which drift must reach as well")
 
 

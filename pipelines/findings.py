@@ -38,7 +38,7 @@ class FindingConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     limit: float = Field(
-        default=1.2,
+        default=0.25,
         gt=0,
         description="least value of a finding: the oddness of its members times how much more they agree",
     )

@@ -198,7 +198,7 @@ def _write_pictures(
             place = [stored[name][i].as_py() for name in PLACE]
         else:
             source, place = by_name[row["shard"]], [row[name] for name in PLACE]
-        wanted.append(Taken(source, *place, row["caption"]))
+        wanted.append(Taken(source, place[0], place[1], row["caption"]))
     chunks = [wanted[i : i + PICTURES_PER_SHARD] for i in range(0, len(wanted), PICTURES_PER_SHARD)]
     captions = run.config.read.captions
     calls = (
