@@ -2,7 +2,8 @@
 
 Compared are tails, where poison is: the share of tonight's samples beyond a level that a known share of earlier ones
 was beyond. Nights differ more than chance says, since what comes in one night belongs together; so a share is
-judged by how much it has varied between the earlier nights.
+judged by how much it has varied between the earlier nights, and of few nights by Student's t: three that happen to agree
+say little about a fourth.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float64
 from pydantic import BaseModel, ConfigDict, Field
+from scipy.stats import norm
+from scipy.stats import t as student_t
 
 # By thousandths in the outer hundredths: between two levels shares are interpolated, which outliers must not stretch.
 _TAIL = tuple(i / 1000 for i in range(1, 10))
@@ -110,9 +113,13 @@ def judge_share(share: float, count: int, earlier: Float64[np.ndarray, " nights"
     if len(earlier) < config.after:
         return None
     expected = float(earlier.mean())
-    by_chance = max(expected, 1 / max(count, 1)) * (1 - expected) / max(count, 1)
+    by_chance = max(expected * (1 - expected), 1 / max(count, 1)) / max(count, 1)
     between = float(earlier.var(ddof=1))
-    z = (share - expected) / max(np.sqrt(max(by_chance, between) * (1 + 1 / len(earlier))), 1e-12)
+    nights = 1 + 1 / len(earlier)
+    of_chance = (share - expected) / np.sqrt(by_chance * nights)
+    of_nights = (share - expected) / max(np.sqrt(between * nights), 1e-12)
+    told = student_t.logsf(of_nights, len(earlier) - 1)  # as likely as so many deviations of a normal distribution
+    z = min(of_chance, float(norm.isf(np.exp(told))))
     return float(z) if z >= config.z and share >= config.ratio * expected else None
 
 
