@@ -154,6 +154,8 @@ def main() -> None:
     parser.add_argument("--scored", type=Path, default=RESULTS / "detect.jsonl")
     parser.add_argument("--share", type=float, default=1 / 3)
     parser.add_argument("--fractions", type=float, nargs="*", default=[DEFAULT])
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS)
+    parser.add_argument("--most", type=int, help="cells at most; those that are in the cache come first")
     options = parser.parse_args()
     if options.table:
         table(options.results)
@@ -165,9 +167,11 @@ def main() -> None:
     )
     jobs = [
         (cell, way, fraction, options.data, options.cache)
-        for together in batches(wanted, options.processes)  # each makes a cell of its own, then all reuse it
+        for together in batches(
+            wanted[: options.most], options.processes
+        )  # each makes a cell of its own, then all reuse it
         for fraction in options.fractions
-        for way in WAYS
+        for way in options.ways
         for cell in together
         if not done.find(made=cell.digest, way=way, fraction=fraction)
     ]
