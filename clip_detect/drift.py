@@ -2,8 +2,8 @@
 
 Compared are tails, where poison is: the share of tonight's samples beyond a level that a known share of earlier ones
 was beyond. Nights differ more than chance says, since what comes in one night belongs together; so a share is
-judged by how much it has varied between the earlier nights, and of few nights by Student's t: three that happen to agree
-say little about a fourth.
+judged by how much it has varied between the earlier nights, and of few nights by Student's t: three that happen to
+agree say little about a fourth.
 """
 
 from __future__ import annotations

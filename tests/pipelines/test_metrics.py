@@ -48,7 +48,8 @@ def test_names_are_those_that_prometheus_expects():
         assert re.fullmatch(r"tarsift(_[a-z]+)+", name)
         assert name.endswith("_total") == (metric.kind == "counter")
         assert metric.what.endswith(".")
-        assert set(metric.labels) <= {"pass", "reason", "outcome", "verdict", "kind"}  # nothing that grows with the dump
+        # Nothing that grows with the dump.
+        assert set(metric.labels) <= {"pass", "reason", "outcome", "verdict", "kind"}
 
 
 def test_a_pass_counts_what_it_does_and_not_what_was_done_before():
