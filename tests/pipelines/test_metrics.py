@@ -242,7 +242,7 @@ def with_agents(tmp_path_factory) -> Path:
 EXPORTED = """
 import json, sys, time, urllib.request
 import ray
-from tarsift.pipelines.metrics import METRICS, reported
+from tarsift.pipelines.metrics import METRICS, count_night, reported
 from tarsift.pipelines.progress import Event, silent
 from tarsift.pipelines.session import session
 
@@ -255,6 +255,7 @@ def exported():
 with session(num_cpus=1):
     with reported(silent):  # one that has ended
         pass
+    count_night(1, 2)
     with reported(silent) as told:
         told(Event("embed.detect", 0, 4))
         told(Event("embed.detect", 1, 4, 50, errors={"bad_json": 2}, repeated=3))
@@ -301,3 +302,4 @@ def test_ray_exports_them_by_these_names(with_agents):
     assert values["ray_tarsift_samples_total", "embed.detect"] == 50
     assert values["ray_tarsift_errored_samples_total", "embed.detect", "bad_json"] == 2
     assert values["ray_tarsift_runs_total", "done"] == 1
+    assert values["ray_tarsift_findings_total", "drift"] == 2
