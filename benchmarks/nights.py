@@ -43,7 +43,8 @@ from tarsift.clip_detect import metrics
 from tarsift.operators.folds import DrawnRows
 from tarsift.operators.poison import PoisonConfig
 from tarsift.pipelines.config import load_config
-from tarsift.pipelines.ingest import IngestConfig, NightResult, ingest
+from tarsift.pipelines.ingest import NightResult, ingest
+from tarsift.pipelines.ingest_settings import IngestConfig
 from tarsift.pipelines.poison import poison_here
 from tarsift.pipelines.pretrain import pretrain_here
 from tarsift.pipelines.session import session

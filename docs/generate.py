@@ -74,7 +74,7 @@ def settings_page() -> str:
     from tarsift.operators.repair_settings import RepairConfig
     from tarsift.operators.trace_settings import TracingConfig
     from tarsift.pipelines.config import CleanConfig, all_settings
-    from tarsift.pipelines.ingest import SET_EACH_NIGHT, IngestConfig
+    from tarsift.pipelines.ingest_settings import SET_EACH_NIGHT, IngestConfig
 
     left_out = ("ingest.clean.", *(f"ingest.pretrain.{name}" for name in SET_EACH_NIGHT))
     lines = ["# Settings\n", "For `--set NAME=VALUE` and YAML."]

@@ -36,6 +36,13 @@ class Sides:
     not_looked_for: tuple[str, ...]
 
     @property
+    def first(self) -> str:
+        """The role whose rows say which samples there are."""
+        role = self.density or self.captions
+        assert role is not None  # one of the two is there
+        return role
+
+    @property
     def second_look(self) -> str | None:
         """Role that says whether images that lie together are alike; None: nobody does."""
         return self.captions if self.captions != self.density and "density" in self.judges else None

@@ -43,7 +43,7 @@ def choose(
 
 def choose_random(run: Run, role: str, count: int, *, salt: str) -> pa.Table:
     """Return random pairs; other ones for another salt."""
-    return choose(run, role, count, _Drawn(KEY + salt.encode()), ())
+    return choose(run, role, count, Drawn(KEY + salt.encode()), ())
 
 
 class _OfPairs:
@@ -57,7 +57,7 @@ class _OfPairs:
         return np.where(usable & scorable(table), self.value(table), np.nan)
 
 
-class _Drawn:
+class Drawn:
     """A number from 0 to 1 for each row."""
 
     def __init__(self, key: bytes) -> None:

@@ -16,10 +16,11 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from tarsift.clip_detect.neighbors import unit_norm
-from tarsift.operators.folds import Foremost, row_hashes
+from tarsift.operators.folds import Foremost
 from tarsift.operators.schema import matrix
 from tarsift.operators.storage import join
 from tarsift.operators.stored import Stored
+from tarsift.pipelines.choosing import Drawn, by_suspicion
 from tarsift.pipelines.folding import run_fold
 from tarsift.pipelines.report.groups import first_of_each
 from tarsift.pipelines.report.looks import Look, looks
@@ -85,7 +86,7 @@ def find_findings(run: Run, role: str, config: FindingConfig | None = None) -> t
     count = min(config.suspects, max(10, round(config.fraction * judged)))
     scores = Stored(join(run.out, "scores"), ("shard", "row", "suspicion", ODDNESS))
     folders = [scores, join(run.out, "embeddings", role)]
-    top = run_fold(_first(count, _suspicion), run.names, folders)
+    top = run_fold(_first(count, by_suspicion), run.names, folders)
     if len(top) < count or not len(top):
         return [], 0.0
     least = float(top["value"].to_numpy().min())
@@ -99,10 +100,6 @@ def _first(count: int, value: Any) -> Foremost:
     return Foremost(count, key=KEY, value=value, columns=("suspicion",), kept=COLUMNS)
 
 
-def _suspicion(table: pa.Table) -> np.ndarray:
-    return table["suspicion"].to_numpy().astype(np.float64)
-
-
 class _Below:
     """A random number for each row that is scored below a value, else NaN. Picklable, for a fold."""
 
@@ -110,7 +107,7 @@ class _Below:
         self.least = least
 
     def __call__(self, table: pa.Table) -> np.ndarray:
-        return np.where(_suspicion(table) < self.least, row_hashes(table, KEY) / 2.0**64, np.nan)
+        return np.where(by_suspicion(table) < self.least, Drawn(KEY)(table), np.nan)
 
 
 def _groups(top: pa.Table, around: pa.Table) -> list[Finding]:

@@ -45,8 +45,6 @@ class ScoreSources(Protocol):
     @property
     def sides(self) -> Sides: ...
     @property
-    def first(self) -> str: ...
-    @property
     def standing(self) -> StandingReference | None: ...
     def fold(
         self,
@@ -104,13 +102,6 @@ class ScoreFolders:
         return run_fold(fold, names, folders, beside=beside)
 
     @property
-    def first(self) -> str:
-        """The role whose files say which samples there are."""
-        role = self.sides.density or self.sides.captions
-        assert role is not None  # one of the two is there
-        return role
-
-    @property
     def density(self) -> str:
         return storage.join(self.out, "density")
 
@@ -134,7 +125,7 @@ def fit_reference(
     """
     names = [shard.name for shard in shards]
     sides, standing = folders.sides, folders.standing
-    hashes = folders.fold(SmallestHashes(config.suspicion.candidates, key=key), names, folders.first)
+    hashes = folders.fold(SmallestHashes(config.suspicion.candidates, key=key), names, folders.sides.first)
     if not len(hashes):
         raise UsageError("no sample of the dump has an image embedding; see the error counts in the ledger.")
     kept = standing is not None and standing.keeps_rules(config, sides)
@@ -149,7 +140,7 @@ def fit_reference(
         about["pairs"] = _fit_mismatch(names, folders, config, key, int(hashes[-1]), kept=kept)
     partitions = max(1, -(-samples // IMAGES_PER_PARTITION))
     folds = (CountDuplicates(p, partitions, key=key) for p in range(partitions))
-    found = [folders.fold(fold, names, folders.first, standing=False) for fold in folds]
+    found = [folders.fold(fold, names, folders.sides.first, standing=False) for fold in folds]
     ids, counts = (np.concatenate(columns) for columns in zip(*found, strict=True))
     order = np.argsort(ids)
     save_arrays(folders.rule("duplicates"), {"ids": ids[order], "counts": counts[order]}, {})
@@ -170,7 +161,7 @@ def _fit_density(
     if kept and standing:
         rule = DensityRule.from_state(*load_arrays(standing.rule("density")))
     else:
-        rows = folders.fold(FetchRows(largest, key=key), names, folders.first)
+        rows = folders.fold(FetchRows(largest, key=key), names, folders.sides.first)
         arrays = (rows["embeddings"], rows["ids"], rows["hashes"])
         clean = None if trusted is None else trusted.draw(config.suspicion.candidates, key)
         rule = run_job(fit_density, *arrays, config.suspicion, config, reference=clean)
@@ -180,7 +171,9 @@ def _fit_density(
             densities = standing.read(DENSITY)
         else:
             search = {"backend": config.resources.backend, "threads": config.resources.threads}
-            densities = run_task(_density_of, ScoreDensity(rule, key=key, **search), standing.stored(folders.first))
+            densities = run_task(
+                _density_of, ScoreDensity(rule, key=key, **search), standing.stored(folders.sides.first)
+            )
         put_table(folders.rule(STANDING).removesuffix(".npz") + ".parquet", densities)
     return {
         "rows": len(rule.contaminated.ids),
@@ -261,13 +254,13 @@ def _fetch_scored(
 
     def fetch(largest: int, **draw: Any) -> ScoredRows:
         fold = FetchRows(largest, key=key, extra=("density",), also=also, **draw)
-        return ScoredRows(**folders.fold(fold, names, folders.first, scored=True, second=second))
+        return ScoredRows(**folders.fold(fold, names, folders.sides.first, scored=True, second=second))
 
     halves = []
     for salt, above in (("pool", True), ("rest", False)):
         side = Side("density", rule.pool_cutoff, above)
         smallest = SmallestHashes(config.suspicion.pool_size, key=key, salt=salt, side=side)
-        hashes = folders.fold(smallest, names, folders.first, scored=True)
+        hashes = folders.fold(smallest, names, folders.sides.first, scored=True)
         if not len(hashes):
             raise UsageError(
                 "the dump is too small for neighbour smoothing; raise suspicion.pool_fraction or give more data."

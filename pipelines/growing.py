@@ -61,10 +61,8 @@ def for_tonight(
     for role in weights:
         if role in others:
             embedded = _embed_pictures(standing, folder, config, role, progress).take(identity["picture"])
-            for name in (*EMBEDDINGS, "error"):
-                if name in embedded.column_names:
-                    identity_of = tables.setdefault(role, identity.drop_columns([*EMBEDDINGS]))
-                    tables[role] = append(identity_of, {name: embedded[name]})
+            new = {name: embedded[name] for name in (*EMBEDDINGS, "error") if name in embedded.column_names}
+            tables[role] = append(identity.drop_columns([*EMBEDDINGS]), new)
         else:
             tables[role] = kept[role].take(rows)
     same_rules = standing.rules is not None and not others
@@ -121,15 +119,17 @@ def grow(
     roles = list(weights)
     scored = sides.density is not None and not pictures
     rows = _drawn(run, standing, roles, int(about["largest_hash"]), key, scored=scored)
-    before = {} if standing is None else _positions(standing.read(next(iter(standing.weights))))
+    stood = None if standing is None else standing.read(next(iter(standing.weights)))
+    before = {} if stood is None else {identity: i for i, identity in enumerate(_identities(stood))}
     at = np.array([before.get(identity, -1) for identity in _identities(rows)], np.int64)
     fitted = np.ones(len(rows), bool)
-    if about["rules"] == "kept" and standing is not None:
-        was = standing.read(next(iter(standing.weights)))["fitted"].to_numpy()
+    if about["rules"] == "kept" and stood is not None:
+        was = stood["fitted"].to_numpy()
         fitted = np.where(at >= 0, was[np.maximum(at, 0)], False)
     places = None
     if pictures:
-        places = _write_pictures(run, standing, folder, rows, at, progress)
+        kept = standing.pictures if standing is not None else None
+        places = _write_pictures(run, stood, kept, folder, rows, at, progress)
     tables = {}
     for i, role in enumerate(roles):
         prefix = "" if i == 0 else f"{role}_"
@@ -179,23 +179,29 @@ def _identities(rows: pa.Table) -> list[tuple[str, int]]:
     return list(zip(rows["shard"].to_pylist(), rows["row"].to_pylist(), strict=True))
 
 
-def _positions(rows: pa.Table) -> dict[tuple[str, int], int]:
-    return {identity: i for i, identity in enumerate(_identities(rows))}
-
-
 def _write_pictures(
-    run: Run, standing: StandingReference | None, folder: str, rows: pa.Table, at: np.ndarray, progress: Listener
+    run: Run,
+    stood: pa.Table | None,
+    kept: str | None,
+    folder: str,
+    rows: pa.Table,
+    at: np.ndarray,
+    progress: Listener,
 ) -> np.ndarray:
-    """Write the samples themselves as shards, in the order of the rows; return offset and size of each image (n, 2)."""
-    stored = None if standing is None else standing.read(next(iter(standing.weights)))
-    stood = {} if standing is None or not standing.pictures else {s.name: s for s in list_shards(standing.pictures)}
+    """Write the samples themselves as shards, in the order of the rows; return offset and size of each image (n, 2).
+
+    Args:
+        stood: the rows that stood; kept: the folder of their samples.
+        at: (n,) which of these a row is, -1 for one of tonight's.
+    """
+    by_picture = {} if kept is None else {shard.name: shard for shard in list_shards(kept)}
     by_name = {shard.name: shard for shard in run.shards}
     wanted: list[Taken] = []
     plain = rows.select(["shard", "caption", *PLACE]).to_pylist()
     for row, i in zip(plain, at.tolist(), strict=True):
-        if i >= 0 and stored is not None:
-            source = stood[_picture_shard(stored["picture"][i].as_py())]
-            place = [stored[name][i].as_py() for name in PLACE]
+        if i >= 0 and stood is not None:
+            source = by_picture[_picture_shard(stood["picture"][i].as_py())]
+            place = [stood[name][i].as_py() for name in PLACE]
         else:
             source, place = by_name[row["shard"]], [row[name] for name in PLACE]
         wanted.append(Taken(source, place[0], place[1], row["caption"]))

@@ -7,92 +7,50 @@ tonight's shards are cleaned by rules that are fitted on both. A witness that ne
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+import ray
 
-from tarsift.clip_detect.drift import DriftConfig, Spread, drifts, judge_share
 from tarsift.operators import storage
 from tarsift.operators.encoder_settings import EncoderConfig
-from tarsift.operators.errors import ChangedError, ConfigError, ErrorRateError, UsageError
-from tarsift.operators.folds import Foremost, row_hashes
+from tarsift.operators.errors import ChangedError, ErrorRateError, UsageError
 from tarsift.operators.imported import folder_of
 from tarsift.operators.listing import Shard, list_shards, root_of
-from tarsift.operators.schema import MEASURES
 from tarsift.operators.sides import DETECT, FEATURES
 from tarsift.operators.storage import join
-from tarsift.operators.stored import Stored
 from tarsift.pipelines import embed as embedding
-from tarsift.pipelines.clean import clean, score_columns
+from tarsift.pipelines.clean import clean
 from tarsift.pipelines.config import CleanConfig
 from tarsift.pipelines.failures import failures_told
-from tarsift.pipelines.findings import Finding, FindingConfig, find_findings
-from tarsift.pipelines.folding import run_fold
+from tarsift.pipelines.findings import Finding
 from tarsift.pipelines.growing import for_tonight, grow
+from tarsift.pipelines.ingest_settings import IngestConfig
 from tarsift.pipelines.lock import hold
 from tarsift.pipelines.metrics import count_night
-from tarsift.pipelines.nights import Arrivals, State, compare, latest
+from tarsift.pipelines.nights import Arrivals, State, compare
 from tarsift.pipelines.notebook import html_table
 from tarsift.pipelines.pretrain import pretrain
 from tarsift.pipelines.printing import rows_of_night
 from tarsift.pipelines.progress import Listener, silent
 from tarsift.pipelines.report.nights import write_nights_page
-from tarsift.pipelines.run import Run, absolute_spec, refuse_encoders, reopen_run, with_absolute_paths
+from tarsift.pipelines.run import (
+    Run,
+    absolute_spec,
+    refuse_encoders,
+    reopen_run,
+    shards_outside,
+    with_absolute_paths,
+)
 from tarsift.pipelines.session import session
 from tarsift.pipelines.standing import StandingReference
 from tarsift.pipelines.tasks import side_by_side
-from tarsift.pipelines.train_job import PretrainConfig
-from tarsift.pipelines.training import LR, TrainConfig
-
-KEY = b"tarsift.ingest"
-SAMPLED = 50_000  # rows by which the spread of a night's scores is measured
-SET_EACH_NIGHT = ("model", "base", "epochs", "steps", "seed", "losses", "leave_out", "read", "images")
-WATCHED = ("suspicion", "suspicion_image", "caption_mismatch", "caption_excess")
-LOW_IS_BAD = ("clip_similarity", "witness_clip_similarity")
-
-
-class IngestConfig(BaseModel):
-    """All settings of `tarsift ingest`, beside those of each night's `clean`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    clean: CleanConfig = Field(default=CleanConfig(), description="settings of each night's run, as of `tarsift clean`")
-    train: bool = Field(
-        default=True, description="train the detect encoder further each night; false: encoders stand still"
-    )
-    epochs: int = Field(default=8, ge=1, description="passes over tonight's and the replayed samples in a night")
-    replay: float = Field(
-        default=1.0, ge=0, description="standing samples that are trained on again, per sample of tonight"
-    )
-    refit: float = Field(
-        default=0.5,
-        gt=0,
-        le=1,
-        description="where encoders stand still: share of the standing reference that is new since rules were fitted, "
-        "at which they are fitted again",
-    )
-    keep: int = Field(default=30, ge=1, description="nights whose embeddings and encoder are kept")
-    pretrain: PretrainConfig = Field(
-        default=PretrainConfig(train=TrainConfig(lr=LR)), description="further settings of the training"
-    )
-    drift: DriftConfig = DriftConfig()
-    findings: FindingConfig = FindingConfig()
-
-    @field_validator("pretrain")
-    @classmethod
-    def _left_alone(cls, pretrain: PretrainConfig) -> PretrainConfig:
-        if pretrain.train.lr is None:  # at the rate of further training a night's poison is not learned in the night
-            pretrain = pretrain.model_copy(update={"train": pretrain.train.model_copy(update={"lr": LR})})
-        if wrong := sorted(pretrain.model_fields_set & set(SET_EACH_NIGHT)):
-            raise ValueError(f"{', '.join(wrong)}: set each night, and cannot be given")
-        return pretrain
+from tarsift.pipelines.unlike import LOW_IS_BAD, Look, look_at
 
 
 @dataclass(frozen=True)
@@ -165,7 +123,7 @@ def ingest(
     known = State.load(folder)
     if known is not None:
         _refuse_other(known, config, root)
-    listed = _outside(list_shards(inputs, root=root if known is None else known.root), folder)
+    listed = shards_outside(inputs, folder, root=root if known is None else known.root)
     with failures_told(), ExitStack() as stack:
         with storage.reachable(folder):
             stack.enter_context(hold(folder))
@@ -187,7 +145,7 @@ def what_came_in(inputs: str | Sequence[str], state: str, *, root: str | None = 
     """
     folder = storage.absolute(state)
     known = State.load(folder)
-    listed = _outside(list_shards(inputs, root=root if known is None else known.root), folder)
+    listed = shards_outside(inputs, folder, root=root if known is None else known.root)
     return compare(listed, known.seen() if known else {})
 
 
@@ -215,11 +173,6 @@ def _refuse_other(state: State, config: IngestConfig, root: str | None) -> None:
     if config.train != state.content["train"]:
         was = "are trained further each night" if state.content["train"] else "stand still (--fixed)"
         raise UsageError(f"{state.folder} was begun with encoders that {was}: do as then, or begin another state.")
-
-
-def _outside(shards: list[Shard], folder: str) -> list[Shard]:
-    below = folder.rstrip("/") + "/"
-    return [shard for shard in shards if not shard.url.startswith(below)]
 
 
 @dataclass
@@ -285,13 +238,13 @@ class Night:
         record = self._record(run, look, grown)
         self.state.commit(record)
         page = write_nights_page(self.state.folder, self.state.records, LOW_IS_BAD)
-        count_night(len(look["findings"]), len(look["drift"]))
+        count_night(len(look.findings), len(look.drift))
         if bad is not None:
             raise bad
         return NightResult(
             night=self.number, out=self.out, shards=len(self.shards), changed=tuple(self.arrivals["changed"]),
-            gone=tuple(self.arrivals["gone"]), counts=run.content["counts"], findings=tuple(look["findings"]),
-            drift=tuple(look["drift"]), seconds=dict(self.seconds), report=join(self.out, "report.html"), nights=page,
+            gone=tuple(self.arrivals["gone"]), counts=run.content["counts"], findings=look.findings,
+            drift=look.drift, seconds=dict(self.seconds), report=join(self.out, "report.html"), nights=page,
         )  # fmt: skip
 
     def _clean(self, config: CleanConfig) -> ErrorRateError | None:
@@ -337,8 +290,9 @@ class Night:
         wanted = self.config.replay * sum(shard.size for shard in self.shards)
         chosen: list[Shard] = []
         for shard in list_shards(standing.pictures):
-            if sum(other.size for other in chosen) >= wanted:
+            if wanted <= 0:
                 break
+            wanted -= shard.size
             chosen.append(Shard(f".standing/{self.number - 1:04d}/{shard.name}", shard.url, shard.size))
         return chosen
 
@@ -369,50 +323,15 @@ class Night:
         changed = self.arrivals["changed"]
         return for_tonight(stood, join(self.out, "standing"), config, weights, changed=changed, progress=self.progress)
 
-    def _look(self, run: Run) -> dict[str, Any]:
-        """Compare tonight with the nights before, and look for findings."""
-        earlier, config = self.state.records, self.config
-        sample = _sample(run)
-        counts = run.content["counts"]
-        copies = sample["duplicate_count"].to_numpy(zero_copy_only=False) > 1
-        shares = {
-            "errored samples": (counts["errored"] / max(counts["read"], 1), counts["read"]),
-            "copies of images": (float(np.mean(copies)) if len(sample) else 0.0, len(sample)),
-        }
-        spreads = {}
-        for name in (*WATCHED, *LOW_IS_BAD):
-            if name in sample.column_names:
-                spread = Spread.of(sample[name].to_numpy(zero_copy_only=False))
-                if spread is not None:
-                    spreads[name] = spread
-        said = []
-        for name, spread in spreads.items():
-            before = [Spread.from_json(plain) for plain in latest(earlier, "spreads", name)]
-            said += [
-                f"{name}: {d.share:.2%} of the samples are {'above' if d.upper else 'below'} {d.beyond:.4g}, "
-                f"where {d.expected:.2%} were (z {d.z:.1f})"
-                for d in drifts(spread, before, config.drift, upper=name not in LOW_IS_BAD)[:1]
-            ]
-        for name, (share, count) in shares.items():
-            before_ = np.array(list(latest(earlier, "shares", name))[-config.drift.nights :])
-            z = judge_share(share, count, before_, config.drift)
-            if z is not None:
-                said.append(f"{name}: {share:.2%}, where there were {before_.mean():.2%} (z {z:.1f})")
-        density = run.content["sides"]["density"]
-        learned = density is not None and "density" in run.content["sides"]["judges"]
-        findings, highest = find_findings(run, cast(str, density), config.findings) if learned else ([], 0.0)
-        return {
-            "findings": findings, "highest": highest, "drift": said,
-            "spreads": {name: spread.to_json() for name, spread in spreads.items()},
-            "shares": {name: share for name, (share, _) in shares.items()},
-        }  # fmt: skip
+    def _look(self, run: Run) -> Look:
+        return look_at(run, self.state.records, self.config)
 
     def _grow(self, run: Run, standing: StandingReference | None) -> StandingReference:
         folder = self.state.place("reference", self.number)
         storage.remove_tree(folder)  # of a call that was interrupted here
         return grow(run, standing, folder, pictures=self.config.train, refit=self.config.refit, progress=self.progress)
 
-    def _record(self, run: Run, look: Mapping[str, Any], grown: StandingReference) -> dict[str, Any]:
+    def _record(self, run: Run, look: Look, grown: StandingReference) -> dict[str, Any]:
         shards = {
             shard.name: {"size": shard.size, "stamp": shard.stamp, "sha256": run.digests[shard.name]}
             for shard in self.shards
@@ -425,8 +344,7 @@ class Night:
             "weights": dict(grown.weights),
             "reference": {"rows": grown.rows, "rules": run.content["reference"]["rules"]},
             "counts": run.content["counts"],
-            **{name: look[name] for name in ("spreads", "shares", "drift", "highest")},
-            "findings": [finding.to_json() for finding in look["findings"]],
+            **look.to_json(),
             "seconds": self.seconds,
         }
 
@@ -437,8 +355,6 @@ def _decided(found: Arrivals, seen: Mapping[str, Mapping[str, Any]]) -> tuple[Ar
         return found, {}
     touched: dict[str, str] = {}
     calls = ((shard, (shard.url,)) for shard in found.doubtful)
-    import ray
-
     for shard, (result,) in side_by_side(_sha256, calls):
         if ray.get(result) == seen[shard.name]["sha256"]:
             touched[shard.name] = shard.stamp
@@ -448,39 +364,5 @@ def _decided(found: Arrivals, seen: Mapping[str, Mapping[str, Any]]) -> tuple[Ar
 
 
 def _sha256(url: str) -> str:
-    import hashlib
-
-    digest = hashlib.sha256()
     with storage.open_read(url) as raw:
-        while block := raw.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sample(run: Run) -> pa.Table:
-    """Return random rows of a scored run with what is watched, in bounded memory."""
-    there = [name for name in (*WATCHED, *LOW_IS_BAD) if name in {*score_columns(run), *MEASURES}]
-    kept = ("shard", "row", *there, "duplicate_count")
-    fold = Foremost(SAMPLED, key=KEY, value=_drawn, columns=("error",), kept=kept)
-    return run_fold(fold, run.names, [Stored(join(run.out, "scores"))])
-
-
-def _drawn(table: pa.Table) -> np.ndarray:
-    return row_hashes(table, KEY) / 2.0**64
-
-
-def parse_ingest_config(content: Mapping[str, Any]) -> IngestConfig:
-    """Check a plain mapping: `ingest` holds the settings of ingestion, all others are those of `clean`.
-
-    Raises:
-        ConfigError: one line per problem.
-    """
-    from tarsift.pipelines.config import parse_config
-
-    own = dict(content.get("ingest") or {})
-    rest = {name: value for name, value in content.items() if name != "ingest"}
-    try:
-        return IngestConfig.model_validate({**own, "clean": parse_config(rest)})
-    except ValidationError as error:
-        lines = [f"ingest.{'.'.join(map(str, p['loc']))}: {p['msg']}, got {p['input']!r}" for p in error.errors()]
-        raise ConfigError("; ".join(lines)) from None
+        return hashlib.file_digest(raw, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]  # it has `readinto`

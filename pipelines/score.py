@@ -61,7 +61,7 @@ class DensityScorer:
 
     def __init__(self, folders: ScoreFolders, key: bytes, search: Search):
         self.read = ReadStored(
-            [Stored(folders.embeddings(folders.first), (*CARRIED, "image_embedding"))],
+            [Stored(folders.embeddings(folders.sides.first), (*CARRIED, "image_embedding"))],
             batch_rows=search.batch_rows,
             receipts=True,
         )
@@ -77,7 +77,7 @@ def last_maps(sources: ScoreSources, key: bytes, search: Search) -> list[Callabl
     """Load the saved rules, and return what appends all scores to rows with embeddings and density, in this order."""
     sides = sources.sides
     options = {"key": key, "backend": search.backend, "threads": search.threads}
-    prefix = f"{sides.captions}_" if sides.captions and sides.captions != sources.first else ""
+    prefix = f"{sides.captions}_" if sides.captions and sides.captions != sides.first else ""
 
     def saved(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         return load_arrays(sources.rule(name))
@@ -104,8 +104,8 @@ class LastScorer:
         if sides.density:
             sources = [Stored(folders.embeddings(sides.density), both), Stored(folders.density)]
         else:
-            sources = [Stored(folders.embeddings(folders.first), (*CARRIED, *BOTH_TOWERS))]
-        if sides.captions and sides.captions != folders.first:
+            sources = [Stored(folders.embeddings(folders.sides.first), (*CARRIED, *BOTH_TOWERS))]
+        if sides.captions and sides.captions != folders.sides.first:
             sources.append(folders.seen_by(sides.captions, *BOTH_TOWERS, "clip_similarity"))
         self.read = ReadStored(sources, batch_rows=search.batch_rows, receipts=True)
         self.maps = last_maps(folders, key, search)
@@ -173,7 +173,7 @@ def scoring_pass(
             )
         return map_tables(items, _score_in_task, {"scorer": scorer, "arguments": arguments}, num_cpus=cpus)
 
-    metadata = {"encoder_role": folders.first, "judged_by": " and ".join(folders.sides.judges)}
+    metadata = {"encoder_role": folders.sides.first, "judged_by": " and ".join(folders.sides.judges)}
     return run_pass(
         ledger, shards, stream, folder=folder, metadata=metadata, wave_shards=resources.wave_shards, progress=progress,
         fused_cpus=None if gpus else cpus,

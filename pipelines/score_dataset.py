@@ -259,19 +259,12 @@ class ScoreBlocks:
     memory: str
 
     @property
-    def first(self) -> str:
-        """The role whose columns have no prefix."""
-        role = self.sides.density or self.sides.captions
-        assert role is not None  # one of the two is there
-        return role
-
-    @property
     def standing(self) -> None:
         return None
 
     def fold(self, fold: Fold, names: Sequence[str], role: str, **which: Any) -> Any:
         """Run a fold over all rows, which have the columns of all roles and, once that is known, their density."""
-        return fold_blocks(fold, self.blocks if role == self.first else replace(self.blocks, prefix=f"{role}_"))
+        return fold_blocks(fold, self.blocks if role == self.sides.first else replace(self.blocks, prefix=f"{role}_"))
 
     def rule(self, name: str) -> str:
         return storage.join(self.memory, f"{name}.npz")

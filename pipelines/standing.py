@@ -3,7 +3,7 @@
 It is no trusted reference: its rows are a random sample of the nights before, poison included, drawn by the hash
 that draws tonight's. The smallest hashes of both together are those of one run over all shards, row for row.
 
-    FOLDER/about.json             key, weights by role, which rules are kept
+    FOLDER/about.json             weights by role, which rules are kept
     FOLDER/<role>/rows.parquet    a row per image, in the same order for every role, ascending by hash
     FOLDER/density/rows.parquet   their density, where the rules are kept
     FOLDER/rules/*.npz            rules that may serve again, while encoders and settings are the same

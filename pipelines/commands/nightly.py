@@ -101,7 +101,8 @@ def ingest(
     interruption. Settings of a night's run are those of clean; those of ingestion itself are --set ingest.NAME=VALUE.
     """
     from tarsift.pipelines.ingest import ingest as recipe
-    from tarsift.pipelines.ingest import parse_ingest_config, what_came_in
+    from tarsift.pipelines.ingest import what_came_in
+    from tarsift.pipelines.ingest_settings import parse_ingest_config
 
     flags = {
         **encoder_settings(encoder),

@@ -19,7 +19,8 @@ from tarsift.pipelines.clean import clean
 from tarsift.pipelines.config import CleanConfig, load_config
 from tarsift.pipelines.embed import embed
 from tarsift.pipelines.folding import run_fold
-from tarsift.pipelines.ingest import IngestConfig, ingest, parse_ingest_config, what_came_in
+from tarsift.pipelines.ingest import ingest, what_came_in
+from tarsift.pipelines.ingest_settings import IngestConfig, parse_ingest_config
 from tarsift.pipelines.nights import State
 from tarsift.pipelines.rules import load_arrays
 from tarsift.pipelines.run import reopen_run
