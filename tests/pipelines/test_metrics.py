@@ -242,6 +242,7 @@ def with_agents(tmp_path_factory) -> Path:
 EXPORTED = """
 import json, sys, time, urllib.request
 import ray
+from ray._private.utils import get_dashboard_dependency_error
 from tarsift.pipelines.metrics import METRICS, count_night, reported
 from tarsift.pipelines.progress import Event, silent
 from tarsift.pipelines.session import session
@@ -253,6 +254,9 @@ def exported():
     return [line for line in lines if "tarsift" in line]
 
 with session(num_cpus=1):
+    if ray.nodes()[0]["MetricsExportPort"] <= 0:
+        print(json.dumps({"no agent": repr(get_dashboard_dependency_error())}))
+        sys.exit()
     with reported(silent):  # one that has ended
         pass
     count_night(1, 2)
@@ -275,13 +279,15 @@ with session(num_cpus=1):
 
 @pytest.mark.slow
 def test_ray_exports_them_by_these_names(with_agents):
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment = {**os.environ, "RAY_ADDRESS": "local"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(with_agents), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-c", EXPORTED], capture_output=True, text=True, env=environment, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
+    if "no agent" in told:
+        pytest.skip(f"Ray starts no agent here, which is what exports metrics: {told['no agent']}")
     kinds = dict(line.split()[2:4] for line in told["first"] if line.startswith("# TYPE"))
     assert kinds == {f"ray_{name}": metric.kind for name, metric in METRICS.items()}
     for name, metric in METRICS.items():
