@@ -8,7 +8,8 @@ clean-label  the same patch on samples whose caption is left as it is (`patch-cl
 control      nothing
 
 Every picture of every night is encoded anew, as those are that a patch is put on, so that JPEG gives nothing away.
-Limits of drift and findings are chosen on seed 100 (`--part tuning`) and reported on seed 1.
+Limits of drift and findings are chosen on seed 100, and drift's rule was changed after seed 1, in whose fourth night,
+without any poison, it told of drift (`--part tuning`). What is reported comes from seeds 2 and 3.
 
 `--part fixed`: with encoders that stand still, what ten nights cost in CPU beside one run over all shards, and whether
 the reference and, against it, all scores and flags are the same. Counted is the CPU time of all processes of a command,
@@ -53,8 +54,8 @@ from tarsift.pipelines.train_job import PretrainConfig
 NIGHTS, PER_NIGHT, PLANTED = 10, 5, 6
 KINDS = {"control": None, "mismatched": "patch", "clean-label": "patch-clean-label"}
 RATE = 0.01
-PARTS = {"tuning": (100,), "reporting": (1,)}
-TARGETS = {100: "volcano", 101: "lemon", 1: "kettle"}
+PARTS = {"tuning": (100, 1), "reporting": (2, 3)}
+TARGETS = {100: "volcano", 1: "kettle", 2: "lemon", 3: "teapot"}
 LABEL = "truck"  # whose samples a clean-label patch is put on
 EPOCHS = 20  # of the witness and of the first encoder
 SMALL = 100
@@ -153,10 +154,12 @@ def measured(result: NightResult, truth: str | None) -> dict[str, Any]:
     return figures
 
 
-def run(part: str, kinds: list[str], data: Path, work: Path, cells: Cells, *, epochs: int, last: int) -> None:
+def run(
+    part: str, kinds: list[str], data: Path, work: Path, cells: Cells, *, seeds: list[int], epochs: int, last: int
+) -> None:
     """Run the nights of a part: those before the poison once for all kinds."""
     made = encoders(data, work)
-    for seed in PARTS[part]:
+    for seed in seeds:
         nights = nights_of(data, seed)
         shared = work / f"{seed}-{epochs}-before"
         for kind in kinds:
@@ -294,6 +297,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=os.environ.get("TARSIFT_DATA"), help="folder of the corpora")
     parser.add_argument("--work", type=Path, default=RESULTS.parent.parent / "scratch" / "nights")
     parser.add_argument("--results", type=Path, default=RESULTS / "nights.jsonl")
+    parser.add_argument("--seed", type=int, nargs="*", help="those of the part that are run; all by default")
     parser.add_argument("--kind", nargs="*", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--epochs", type=int, default=8, help="of each night's training")
     parser.add_argument("--last", type=int, default=NIGHTS, help="the last night that is run")
@@ -309,6 +313,7 @@ def main() -> None:
             return
         run(
             options.part, options.kind, options.data, options.work.resolve(), cells,
+            seeds=[seed for seed in PARTS[options.part] if options.seed is None or seed in options.seed],
             epochs=options.epochs, last=options.last,
         )  # fmt: skip
     if options.table:
