@@ -36,7 +36,7 @@ from tarsift.pipelines.metrics import count_night
 from tarsift.pipelines.nights import Arrivals, State, compare
 from tarsift.pipelines.notebook import html_table
 from tarsift.pipelines.pretrain import pretrain
-from tarsift.pipelines.printing import rows_of_night
+from tarsift.pipelines.printing_nights import rows_of_night
 from tarsift.pipelines.progress import Listener, silent
 from tarsift.pipelines.report.nights import write_nights_page
 from tarsift.pipelines.run import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -79,59 +79,6 @@ def rows_of_result(result: Any) -> dict[str, str]:
     if repeated:
         rows["store"] = f"{repeated:,} requests were tried again"
     return rows
-
-
-def print_night(result: Any, console: Console) -> None:
-    """Say what a night brought, whether it was like the others, and where the results are."""
-    links = {"report": result.report, "nights": result.nights}
-    print_rows(rows_of_night(result) | {name: str(url) for name, url in links.items() if url}, console)
-
-
-def rows_of_night(result: Any) -> dict[str, str]:
-    if result.night is None:
-        return {"night": "nothing new has come in"}
-    counts = result.counts
-    parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in result.seconds.items())
-    rows = {
-        f"night {result.night}": f"{result.shards:,} shards, {counts['read']:,} samples in "
-        f"{sum(result.seconds.values()):.0f} s ({parts})",
-        "kept": f"{counts['kept']:,}   {result.out}/clean",
-        "removed": f"{counts['removed']:,}   {result.out}/removed",
-        "errored": f"{counts['errored']:,}",
-    }
-    if result.changed:
-        rows["changed"] = (
-            f"{len(result.changed):,} shards had other bytes, and were taken again: {_some(result.changed)}"
-        )
-    if result.gone:
-        rows["gone"] = f"{len(result.gone):,} shards of earlier nights are not there any more: {_some(result.gone)}"
-    for i, text in enumerate(result.drift, 1):
-        rows[f"drift {i}"] = text
-    for i, finding in enumerate(result.findings, 1):
-        said = ", ".join(f"{visible(caption, 60)!r} x {n}" for caption, n in finding.captions[:3])
-        rows[f"finding {i}"] = (
-            f"{finding.members} suspects lie together and say the same (value {finding.value:.2f}): {said}"
-        )
-    if not result.alarming:
-        rows["unusual"] = "nothing: no finding, no drift"
-    return rows
-
-
-def print_arrivals(found: Any, console: Console) -> None:
-    """Say what has come in since the last night."""
-    size = sum(shard.size for shard in (*found.new, *found.changed))
-    rows = {
-        "new": f"{len(found.new):,} shards",
-        "changed": f"{len(found.changed):,} shards have another size",
-        "to look at": f"{len(found.doubtful):,} shards were written again with the same size",
-        "gone": f"{len(found.gone):,} shards",
-        "tonight": f"{len(found.new) + len(found.changed):,} shards, {size / 1e6:,.1f} MB",
-    }
-    print_rows(rows, console)
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(visible(name, 60) for name in names[:most]) + (", ..." if len(names) > most else "")
 
 
 def print_trace(result: Any, console: Console) -> None:

@@ -1,15 +1,19 @@
-"""How far a result folder is, and whether somebody works on it: told from its records, without Ray."""
+"""How far a result folder or a state of ingestion is, and who works on it: told from its records, without Ray."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from tarsift.operators import storage
+from tarsift.operators.errors import UsageError
 from tarsift.pipelines.ledger import records_of
 from tarsift.pipelines.lock import DEAD_AFTER_S, Holder, last_holder
+from tarsift.pipelines.nights import State
 from tarsift.pipelines.run import reopen_run
 
 
@@ -49,6 +53,90 @@ class Status(BaseModel):
     passes: tuple[PassStatus, ...]
     stale: tuple[str, ...]
     report: str | None
+
+
+class NightStatus(BaseModel):
+    """What is recorded of a night, or planned of one that has not ended.
+
+    Attributes:
+        ended: when, as ISO 8601; None: it has not.
+        shards: how many came in.
+        read, kept, removed, errored: samples; None before the night has ended.
+        findings, drift: how many.
+        run: how far its result folder is; None once it has ended, and before it is there (while an encoder is trained).
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    night: int
+    ended: str | None
+    shards: int
+    read: int | None = None
+    kept: int | None = None
+    removed: int | None = None
+    errored: int | None = None
+    findings: int = 0
+    drift: int = 0
+    run: Status | None = None
+
+
+class StateStatus(BaseModel):
+    """How far a state of ingestion is.
+
+    Attributes:
+        state: `running`, `silent` or `died` as of a result folder, `stopped` (a night was begun and has not ended) or
+            `waiting` (for the next night).
+        shards: how many have come in, a changed one counted once.
+        reference: rows of the standing reference.
+        nights: those that ended, the first one first; tonight: one that was begun and has not ended.
+        report: page of all nights.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    folder: str
+    state: str
+    holder: str
+    shards: int
+    reference: int
+    nights: tuple[NightStatus, ...]
+    tonight: NightStatus | None
+    report: str | None
+
+
+def status_of_state(folder: str) -> StateStatus | None:
+    """Look at a state of ingestion; None if the folder is none."""
+    state = State.load(storage.absolute(folder))
+    if state is None:
+        return None
+    opened = state.opened()
+    holder = last_holder(state.folder)
+    report = storage.join(state.folder, "report.html")
+    last = state.last
+    return StateStatus(
+        folder=state.folder,
+        state=_state(holder, ended="waiting" if opened is None else "stopped"),
+        holder=str(holder) if holder else "",
+        shards=len(state.seen()),
+        reference=last["reference"]["rows"] if last else 0,
+        nights=tuple(_night(record) for record in state.records),
+        tonight=None if opened is None else _tonight(state, opened),
+        report=report if storage.exists(report) else None,
+    )
+
+
+def _night(record: Mapping[str, Any]) -> NightStatus:
+    counts = {name: record["counts"][name] for name in ("read", "kept", "removed", "errored")}
+    found = {name: len(record[name]) for name in ("findings", "drift")}
+    return NightStatus(night=record["night"], ended=record["ended"], shards=len(record["shards"]), **counts, **found)
+
+
+def _tonight(state: State, opened: Mapping[str, Any]) -> NightStatus:
+    try:
+        run = status(state.place("nights", state.next))
+    except UsageError:  # nothing but the encoder is made yet
+        run = None
+    return NightStatus(night=state.next, ended=None, shards=len(opened["shards"]), run=run)
 
 
 def status(out: str) -> Status:

@@ -55,6 +55,7 @@ from tarsift.pipelines.printing import (
     say,
     sum_up,
 )
+from tarsift.pipelines.printing_nights import print_state
 from tarsift.pipelines.progress import shown_progress
 
 commands = typer.Typer()
@@ -180,11 +181,13 @@ def verify(
 
 @commands.command(rich_help_panel=MAIN)
 def status(out: OutFolder, json_: AsJson = False) -> None:
-    """Say how far a result folder is, and whether a run works on it."""
-    from tarsift.pipelines.status import status as recipe
+    """Say how far a result folder, or the state of an ingestion, is, and whether somebody works on it."""
+    from tarsift.pipelines.status import Status, status_of_state
+    from tarsift.pipelines.status import status as status_of_run
 
-    found = recipe(out)
-    answer(found.model_dump(mode="json"), lambda console: print_status(found, console), as_json=json_)
+    found = status_of_state(out) or status_of_run(out)
+    show = print_status if isinstance(found, Status) else print_state
+    answer(found.model_dump(mode="json"), lambda console: show(found, console), as_json=json_)
 
 
 @commands.command(rich_help_panel=MAIN)

@@ -35,7 +35,8 @@ from tarsift.pipelines.options import (
     spread_settings,
     verdict_settings,
 )
-from tarsift.pipelines.printing import Screen, print_arrivals, print_night, sum_up
+from tarsift.pipelines.printing import Screen, sum_up
+from tarsift.pipelines.printing_nights import print_arrivals, print_night
 from tarsift.pipelines.progress import shown_progress
 
 commands = typer.Typer()

@@ -25,7 +25,9 @@ from tarsift.pipelines.nights import State
 from tarsift.pipelines.rules import load_arrays
 from tarsift.pipelines.run import reopen_run
 from tarsift.pipelines.score import dump_key
+from tarsift.pipelines.status import status_of_state
 from tests.conftest import make_dump, make_encoder
+from tests.pipelines.test_cli import run as run_command
 
 SMALL = [
     "suspicion.published_ks=[8]",
@@ -196,6 +198,13 @@ def test_a_night_that_breaks_off_anywhere_is_gone_on_with(world, nights, tmp_pat
             with pytest.raises(Break):
                 ingest(str(world / "arrivals"), str(state), config=fixed(world))
         assert loaded(state).next == 3
+        told = status_of_state(str(state))
+        assert told is not None
+        assert told.state == "stopped"
+        assert told.tonight is not None
+        assert (told.tonight.night, told.tonight.shards) == (3, 2)
+        done = told.tonight.run and {step.name: step.done for step in told.tonight.run.passes}
+        assert done is None if step in STEPS[:2] else done["write"] == 2
     (world / "arrivals" / "late.tar").write_bytes((world / "all" / "00001.tar").read_bytes())
     try:
         result = ingest(str(world / "arrivals"), str(state), config=fixed(world))
@@ -209,6 +218,26 @@ def test_a_night_that_breaks_off_anywhere_is_gone_on_with(world, nights, tmp_pat
         for name in ("00004", "00005"):
             a, b = (pq.read_table(w / "nights" / "0003" / folder / f"{name}.parquet") for w in (state, world / "state"))
             assert a.equals(b)
+
+
+def test_status_of_a_state_tells_of_its_nights(world, nights, monkeypatch, capsys):
+    told = status_of_state(str(world / "state"))
+    assert told is not None
+    assert (told.state, told.tonight, told.shards) == ("waiting", None, 6)
+    assert told.reference == loaded(world / "state").records[-1]["reference"]["rows"]
+    for night, result in zip(told.nights, nights, strict=True):
+        assert night.night == result.night
+        assert night.shards == 2
+        for name in ("read", "kept", "removed", "errored"):
+            assert getattr(night, name) == result.counts[name]
+        assert (night.findings, night.drift) == (len(result.findings), len(result.drift))
+    code, text, _ = run_command(monkeypatch, capsys, "status", str(world / "state"))
+    assert code == 0
+    assert "waiting for the next night" in text
+    assert "3 nights, 6 shards" in text
+    assert text.count("160") == 3
+    code, text, _ = run_command(monkeypatch, capsys, "status", str(world / "state"), "--json")
+    assert [night["night"] for night in json.loads(text)["nights"]] == [1, 2, 3]
 
 
 def test_nightly_training_embeds_the_standing_samples_anew(world, tmp_path, ray_session):
