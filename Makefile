@@ -25,10 +25,10 @@ demo: setup
 
 # Two at a time, those of a file one after the other: what a file's tests share is made once.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
 
 slow: setup
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --durations 15
 
 check: setup
 	$(BIN)/ruff check .
