@@ -6,7 +6,8 @@ suspicion  the poisoned dump without the share of highest `suspicion`
 random     the poisoned dump without as many samples drawn at random: the control
 clean      the dump as it was before it was poisoned, less as many random samples: what accuracy can be had
 
-and attack success and accuracy are measured. The default policy removes 5 %; `--fractions` gives more. Appends one JSON
+and attack success and accuracy are measured (on Flickr8k recall@5: is a held-out picture's caption among the five
+nearest of about a hundred?). The default policy removes 5 %; `--fractions` gives more. Appends one JSON
 line per training to `--results`; one that is there already (same cell, same code) is not done again.
 
     python benchmarks/retrain.py --data DATA
@@ -37,15 +38,18 @@ from detect import (
     success_of,
 )
 from measuring import RESULTS, Cells
-from zoo import KEY, Cell, find_source, make, measure, training, with_templates
+from zoo import KEY, Cell, Source, find_source, make, measure, training, with_templates
 
 from tarsift.clip_detect.suspicion import suspicion
 from tarsift.operators.flag import HOMES
-from tarsift.operators.models import load_encoder
+from tarsift.operators.models import LoadedEncoder, load_encoder
+from tarsift.operators.planting import poison_images
+from tarsift.operators.poison import PoisonConfig
 from tarsift.operators.shards import ReadShard, list_shards
 from tarsift.operators.writer import split_shard
 from tarsift.pipelines.poison import poison_here
 from tarsift.pipelines.pretrain import pretrain_here
+from tarsift.pipelines.zeroshot import classify, to_mean_direction
 
 DEFAULT = 0.05
 WAYS = ("suspicion", "random", "clean")
@@ -80,6 +84,24 @@ def dropped(way: str, fraction: float, cell: Cell, made: dict[str, np.ndarray]) 
     return drop
 
 
+def recall_at_5(encoder: LoadedEncoder, source: Source, plan: PoisonConfig) -> float:
+    """Return the share of test pictures whose own caption is among the five nearest."""
+    plain = poison_images(source.test, [f"test:{i}" for i in range(len(source.test))], plan, trigger=None)
+    columns: list[np.ndarray] = []
+
+    def kept(images: np.ndarray, captions: np.ndarray) -> np.ndarray:
+        columns.append(to_mean_direction(images, captions))
+        return columns[-1]
+
+    classify(encoder, plain, source.prompts, similarity=kept)
+    near = np.stack(columns, axis=1)
+    return float(np.mean((near > np.diag(near)[:, None]).sum(axis=1) < 5))
+
+
+def finished(lines: list[dict[str, Any]]) -> bool:
+    return any("recall_at_5" in line or line["cell"]["corpus"] != "flickr8k" for line in lines)
+
+
 def run_training(job: tuple[Cell, str, float, Path, Path]) -> dict[str, Any]:
     """Train once and measure."""
     cell, way, fraction, data, cache = job
@@ -100,7 +122,10 @@ def run_training(job: tuple[Cell, str, float, Path, Path]) -> dict[str, Any]:
         left = remove(planted.shards, drop, work / "left")
         again = training(replace(cell, seed=cell.seed + 1000)).model_copy(update={"steps": made.record["steps"]})
         pretrain_here(left, out=str(work / "enc.pt"), config=again)
-        found = measure(cell, load_encoder(str(work / "enc.pt")), source, attack)
+        encoder = load_encoder(str(work / "enc.pt"))
+        found = measure(cell, encoder, source, attack)
+        if source.labels is None:
+            found["recall_at_5"] = recall_at_5(encoder, source, attack)
     survived = int(((made.arrays["poison"] > 0) & ~drop).sum())
     line = {"cell": cell.settings, "made": cell.digest, "way": way, "fraction": fraction, "survived": survived}
     before = {"success_before": success_of(made.record), "accuracy_before": made.record["accuracy"]}
@@ -121,6 +146,11 @@ def qualifying(scored: Path, share: float) -> list[Cell]:
     return random.Random(1).sample(good, round(share * len(good)))
 
 
+def utility(line: dict[str, Any]) -> float:
+    """Return what the bar is about: recall@5 where there are no classes, accuracy elsewhere."""
+    return line.get("recall_at_5", line["accuracy"])
+
+
 def table(results: Path) -> None:
     """Print every training, and what the bars say."""
     lines = [json.loads(line) for line in results.read_text().splitlines()]
@@ -134,12 +164,12 @@ def table(results: Path) -> None:
         print(f"{cell['corpus']:9} {cell['attack']:14} {cell['rate']:<6g} {cell['seed']} {cell['target']:8}", end="")
         print(f" before {first['success_before']:.2f} {first['accuracy_before']:.3f}", end="")
         for (way, fraction), line in sorted(found.items()):
-            print(f"  {way} {fraction:g}: {success_of(line):.2f} {line['accuracy']:.3f} ({line['survived']})", end="")
+            print(f"  {way} {fraction:g}: {success_of(line):.2f} {utility(line):.3f} ({line['survived']})", end="")
         print()
         mine, clean = found.get(("suspicion", DEFAULT)), found.get(("clean", DEFAULT))
         if mine and clean:
             repaired.append(max(part[0] for part in mine["success"]) < 0.1)
-            kept.append(clean["accuracy"] - mine["accuracy"] <= 0.02)
+            kept.append(utility(clean) - utility(mine) <= 0.02)
     if repaired:
         print(f"attack success below 0.1 in {np.mean(repaired):.2f} of {len(repaired)} cells; ", end="")
         print(f"accuracy within 2 points of the clean corpus in {np.mean(kept):.2f}")
@@ -173,7 +203,7 @@ def main() -> None:
         for fraction in options.fractions
         for way in options.ways
         for cell in together
-        if not done.find(made=cell.digest, way=way, fraction=fraction)
+        if not finished(done.find(made=cell.digest, way=way, fraction=fraction))
     ]
     print(f"{len(jobs)} trainings to do", flush=True)
     for line in done.run(run_training, jobs, processes=options.processes):
