@@ -43,6 +43,7 @@ from measuring import RESULTS, TARSIFT, Cells, code_digest
 from tarsift.clip_detect import metrics
 from tarsift.operators.folds import DrawnRows
 from tarsift.operators.poison import PoisonConfig
+from tarsift.operators.schema import places_of
 from tarsift.pipelines.config import load_config
 from tarsift.pipelines.ingest import NightResult, ingest
 from tarsift.pipelines.ingest_settings import IngestConfig
@@ -137,7 +138,7 @@ def measured(result: NightResult, truth: str | None) -> dict[str, Any]:
     poison: list[bool] = []
     for file in sorted((Path(f"{result.out}") / "scores").glob("*.parquet")):
         table = pq.read_table(file)
-        poison += [row in planted for row in zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True)]
+        poison += [row in planted for row in places_of(table)]
         for name, values in columns.items():
             values += table[name].to_pylist()
     if sum(poison) != len(planted):

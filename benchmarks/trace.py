@@ -44,6 +44,7 @@ from tarsift.operators.models import LoadedEncoder, build_model, load_encoder
 from tarsift.operators.planting import poison_images
 from tarsift.operators.repair_settings import RepairConfig
 from tarsift.operators.repairer import UnlearnPairs
+from tarsift.operators.schema import places_of
 from tarsift.operators.shards import ReadShard, Shard, list_shards
 from tarsift.operators.trace_settings import TracingConfig
 from tarsift.operators.trace_verdict import RANDOM, Question, ask_in_rounds
@@ -159,9 +160,7 @@ class Traced:
         """Return which rows of a table are poison, (n,) bool."""
         at = zip(self.rows["shard"].to_pylist(), self.rows["row"].to_pylist(), self.poison.tolist(), strict=True)
         known = {(shard, row): poison for shard, row, poison in at}
-        return np.array(
-            [known[place] for place in zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True)]
-        )
+        return np.array([known[place] for place in places_of(table)])
 
 
 def settings_of(cell: Cell) -> TracingConfig:
@@ -237,10 +236,8 @@ def forget(made: Traced, traced: pa.Table, method: str) -> str:
         update = {"leave_out": str(listed), "epochs": settings.epochs if method == "eu" else config.epochs}
         pretrain_here(made.planted.shards, out=out, config=settings.model_copy(update=update))
         return out
-    gone = set(zip(traced["shard"].to_pylist(), traced["row"].to_pylist(), strict=True))
-    places: Sequence[tuple[str, int]] = list(
-        zip(made.rows["shard"].to_pylist(), made.rows["row"].to_pylist(), strict=True)
-    )
+    gone = set(places_of(traced))
+    places: Sequence[tuple[str, int]] = places_of(made.rows)
     kept = [row for row in made.draw.permutation(len(places)).tolist() if places[row] not in gone]
     retained = made.rows.take(pa.array(kept[: config.retained]))
     state = UnlearnPairs(made.spec, made.shards, ImageConfig(), method, config)(traced, retained)

@@ -36,7 +36,7 @@ from tarsift.operators.images import DecodeImages, hash_images
 from tarsift.operators.models import LoadedEncoder, load_encoder
 from tarsift.operators.planting import poison_images
 from tarsift.operators.poison import PoisonConfig
-from tarsift.operators.schema import matrix
+from tarsift.operators.schema import matrix, places_of
 from tarsift.operators.shards import ReadShard, list_shards
 from tarsift.pipelines import demo_corpus
 from tarsift.pipelines.poison import poison_here
@@ -277,7 +277,7 @@ def embed(shards: Sequence[str], encoder_file: str) -> tuple[dict[str, np.ndarra
             parts["images"].append(matrix(table["image_embedding"])[0])
             parts["texts"].append(matrix(table["text_embedding"])[0])
             parts["ids"].append(identities(table, KEY))
-            names += list(zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True))
+            names += places_of(table)
             keys += table["key"].to_pylist()
     return {name: np.concatenate(part) for name, part in parts.items()}, names, keys
 

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from tarsift.clip_detect.sampling import keyed_hash, resalt
 from tarsift.clip_detect.threshold import Cutoff, TopFraction
 from tarsift.operators.flag import unscorable
-from tarsift.operators.schema import append, matrix
+from tarsift.operators.schema import append, matrix, places_of
 
 
 class Fold(Protocol):
@@ -54,10 +54,7 @@ def content_hashes(table: pa.Table, key: bytes, salt: str = "") -> np.ndarray:
 
 def row_hashes(table: pa.Table, key: bytes) -> np.ndarray:
     """Keyed hash (n,) uint64 of the identity (shard, row): breaks ties between equal scores."""
-    names = [
-        f"{shard}\0{row}".encode()
-        for shard, row in zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True)
-    ]
+    names = [f"{shard}\0{row}".encode() for shard, row in places_of(table)]
     return keyed_hash(names, key, "row") if names else np.zeros(0, np.uint64)
 
 

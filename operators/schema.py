@@ -109,6 +109,11 @@ def as_table(batch: pa.Table | Mapping[str, Any]) -> pa.Table:
     return pa.table(columns)
 
 
+def places_of(table: pa.Table | pa.RecordBatch) -> list[tuple[str, int]]:
+    """Return (shard, row) of each sample, which is its identity within a dump."""
+    return list(zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True))
+
+
 def fixed_size_list(values: np.ndarray, valid: np.ndarray | None = None) -> pa.FixedSizeListArray:
     """Turn an (n, d) array into n lists of d values, null where `valid` (n,) is false."""
     d = values.shape[1]

@@ -18,7 +18,7 @@ from tarsift.operators.decoding import ImageConfig, UnusableImage
 from tarsift.operators.errors import UsageError
 from tarsift.operators.isolation import IsolatedDecoder
 from tarsift.operators.models import LoadedEncoder, load_encoder
-from tarsift.operators.schema import append, fixed_size_list
+from tarsift.operators.schema import append, fixed_size_list, places_of
 from tarsift.operators.shards import Shard, fetch_members
 from tarsift.operators.storage import join
 from tarsift.operators.towers import encode_captions, encode_images
@@ -126,7 +126,7 @@ def echo_of(
     best, pictures = fetch_pictures(found.slice(0, config.echoes), shards, encoder, images)
     if not len(best):
         return None
-    places = list(zip(best["shard"].to_pylist(), best["row"].to_pylist(), strict=True))
+    places = places_of(best)
     chosen = np.flatnonzero(taken_for(encoder, Question(pictures, question.concepts)))
     samples = tuple(places[row] for row in chosen)
     return Question(pictures[chosen], question.concepts, samples) if samples else None
@@ -288,7 +288,7 @@ class TraceSlice:
         else:
             traced = trace(encoder, load_curvature(self.curvature), self.question, pictures, captions, self.config)
             found = np.stack([traced.relative, traced.influence, traced.counts])
-        places = list(zip(candidates["shard"].to_pylist(), candidates["row"].to_pylist(), strict=True))
+        places = places_of(candidates)
         for query, place in enumerate(self.question.samples):
             if place in places:
                 found[0, query, places.index(place)] = np.nan

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float32, Int64
 from tarsift.clip_detect import metrics
 from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
-from tarsift.operators.schema import MEASURES, SIFTED_FOLDER, SIFTED_SCORES
+from tarsift.operators.schema import MEASURES, SIFTED_FOLDER, SIFTED_SCORES, places_of
 from tarsift.operators.stored import ReadStored, Stored
 from tarsift.pipelines.ledger import RunFile
 from tarsift.pipelines.notebook import html_table
@@ -199,7 +199,7 @@ def _read_truth(url: str) -> pa.Table:
     lacking = [name for name in ("shard", "row") if name not in table.column_names]
     if lacking:
         raise UsageError(f"{url} lacks the column {lacking[0]!r}; it has: {', '.join(table.column_names)}.")
-    keys = list(zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True))
+    keys = places_of(table)
     if len(set(keys)) < len(keys):
         raise UsageError(f"{url} names {len(keys) - len(set(keys))} samples twice; keep one row for each (shard, row).")
     return table
@@ -211,7 +211,7 @@ def _match(table: _Table, planted: pa.Table, out: str, truth: str) -> Int64[np.n
     Raises:
         UsageError: if some match nothing, or a sample of another uid.
     """
-    keys = list(zip(planted["shard"].to_pylist(), planted["row"].to_pylist(), strict=True))
+    keys = places_of(planted)
     strays = [key for key in keys if key[0] not in table.rows or not 0 <= key[1] < table.rows[key[0]]]
     if strays:
         shard, row = strays[0]

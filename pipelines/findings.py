@@ -7,7 +7,6 @@ than the dump around it, far from ordinary density, and agrees in its captions m
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tarsift.clip_detect.neighbors import unit_norm
 from tarsift.operators.folds import Foremost
-from tarsift.operators.schema import matrix
+from tarsift.operators.schema import matrix, places_of
 from tarsift.operators.storage import join
 from tarsift.operators.stored import Stored
 from tarsift.pipelines.choosing import Drawn, by_suspicion
@@ -142,5 +141,4 @@ def _finding(top: pa.Table, look: Look) -> Finding:
 
 
 def _named(rows: pa.Table) -> tuple[tuple[str, int], ...]:
-    pairs: Sequence[tuple[str, int]] = list(zip(rows["shard"].to_pylist(), rows["row"].to_pylist(), strict=True))
-    return tuple(pairs[:SHOWN])
+    return tuple(places_of(rows)[:SHOWN])

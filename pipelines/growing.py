@@ -13,7 +13,7 @@ from tarsift.operators.errors import UsageError
 from tarsift.operators.folds import DrawnRows
 from tarsift.operators.listing import list_shards
 from tarsift.operators.repack import Taken, write_samples
-from tarsift.operators.schema import append
+from tarsift.operators.schema import append, places_of
 from tarsift.operators.sides import FEATURES, Sides
 from tarsift.operators.stored import ReadStored, Stored
 from tarsift.pipelines.config import CleanConfig
@@ -120,8 +120,8 @@ def grow(
     scored = sides.density is not None and not pictures
     rows = _drawn(run, standing, roles, int(about["largest_hash"]), key, scored=scored)
     stood = None if standing is None else standing.read(next(iter(standing.weights)))
-    before = {} if stood is None else {identity: i for i, identity in enumerate(_identities(stood))}
-    at = np.array([before.get(identity, -1) for identity in _identities(rows)], np.int64)
+    before = {} if stood is None else {identity: i for i, identity in enumerate(places_of(stood))}
+    at = np.array([before.get(identity, -1) for identity in places_of(rows)], np.int64)
     fitted = np.ones(len(rows), bool)
     if about["rules"] == "kept" and stood is not None:
         was = stood["fitted"].to_numpy()
@@ -173,10 +173,6 @@ def _drawn(
         names += [f"{role}_{name}" for name in EMBEDDINGS]
     fold = DrawnRows(largest, key=key, columns=tuple(names))
     return run_fold(fold, run.names, tonight, beside=None if standing is None else ([STANDING], stood))
-
-
-def _identities(rows: pa.Table) -> list[tuple[str, int]]:
-    return list(zip(rows["shard"].to_pylist(), rows["row"].to_pylist(), strict=True))
 
 
 def _write_pictures(

@@ -25,6 +25,7 @@ from tarsift.operators.errors import UsageError
 from tarsift.operators.models import build_model, load_checkpoint, load_encoder, save_checkpoint
 from tarsift.operators.repair_settings import RepairConfig
 from tarsift.operators.repairer import Examine, UnlearnPairs
+from tarsift.operators.schema import places_of
 from tarsift.operators.shards import ReadShard, Shard, list_shards
 from tarsift.operators.storage import join
 from tarsift.operators.stored import ReadStored, Stored, put_table
@@ -246,7 +247,7 @@ class _Repairing:
     def _random(self, count: int, leave: pa.Table) -> pa.Table:
         """Return random pairs, without some."""
         rows = choose_random(self.run, self.run.roles[0], count + len(leave), salt=f"repair {self.config.seed}")
-        gone = set(_places(leave))
+        gone = set(places_of(leave))
         kept = rows.filter(pa.array(~_is_in(rows, gone)))
         return kept.slice(0, count).select(list(COLUMNS))
 
@@ -276,7 +277,7 @@ class _Repairing:
         url = join(self.run.out, SELECTED)
         if method in WITHOUT_FORGOTTEN and storage.exists(url):
             selected = pq.read_table(pa.BufferReader(storage.read_bytes(url)), columns=["shard", "row"])
-            places = set(_places(selected))
+            places = set(places_of(selected))
             pairs = self._pairs(lambda table: _is_in(table, places))
             return pairs, f"{len(pairs):,} pairs that `tarsift select` has chosen"
         pairs = self._random(self.config.retained, forgotten)
@@ -306,11 +307,7 @@ class _Repairing:
 
 
 def _is_in(table: pa.Table, places: Set[tuple[str, int]]) -> Bool[np.ndarray, " n"]:
-    return np.array([place in places for place in _places(table)], bool)
-
-
-def _places(table: pa.Table) -> list[tuple[str, int]]:
-    return list(zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True))
+    return np.array([place in places for place in places_of(table)], bool)
 
 
 @dataclass(frozen=True)

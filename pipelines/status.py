@@ -126,9 +126,12 @@ def status_of_state(folder: str) -> StateStatus | None:
 
 
 def _night(record: Mapping[str, Any]) -> NightStatus:
-    counts = {name: record["counts"][name] for name in ("read", "kept", "removed", "errored")}
-    found = {name: len(record[name]) for name in ("findings", "drift")}
-    return NightStatus(night=record["night"], ended=record["ended"], shards=len(record["shards"]), **counts, **found)
+    counts = record["counts"]
+    return NightStatus(
+        night=record["night"], ended=record["ended"], shards=len(record["shards"]),
+        read=counts["read"], kept=counts["kept"], removed=counts["removed"], errored=counts["errored"],
+        findings=len(record["findings"]), drift=len(record["drift"]),
+    )  # fmt: skip
 
 
 def _tonight(state: State, opened: Mapping[str, Any]) -> NightStatus:

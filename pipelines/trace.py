@@ -29,6 +29,7 @@ from tarsift.operators.encoder import Regime, encoder_regime, info_of
 from tarsift.operators.errors import UsageError
 from tarsift.operators.isolation import IsolatedDecoder
 from tarsift.operators.models import LoadedEncoder, load_encoder
+from tarsift.operators.schema import places_of
 from tarsift.operators.shards import Shard
 from tarsift.operators.storage import join
 from tarsift.operators.stored import Stored, put_table
@@ -308,10 +309,10 @@ class _Tracing:
             groups["alike"] = choose(self.run, self.role, self.config.alike, Alike(said), ("text_embedding",))
         why: dict[tuple[str, int], list[str]] = {}
         for name, table in groups.items():
-            for place in zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True):
+            for place in places_of(table):
                 why.setdefault(place, []).append(name)
         whole = pa.concat_tables(groups.values())
-        places = list(zip(whole["shard"].to_pylist(), whole["row"].to_pylist(), strict=True))
+        places = places_of(whole)
         first = {place: row for row, place in reversed(list(enumerate(places)))}
         order = sorted(why)
         return whole.take(pa.array([first[place] for place in order])).append_column(

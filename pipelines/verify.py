@@ -17,6 +17,7 @@ from tarsift.operators.errors import Interrupted, TarsiftError, UsageError
 from tarsift.operators.flag import HOMES
 from tarsift.operators.listing import Shard
 from tarsift.operators.retry import take_repeated
+from tarsift.operators.schema import places_of
 from tarsift.operators.verify import Fault, ShardProof, verify_shard
 from tarsift.pipelines.ledger import Ledger
 from tarsift.pipelines.metrics import reported
@@ -192,4 +193,4 @@ def _compare_keep_list(run: Run) -> list[Fault]:
 
 def _rows_of(tables: Iterable[pa.Table | pa.RecordBatch]) -> Iterator[tuple[str, int]]:
     for table in tables:
-        yield from zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True)
+        yield from places_of(table)

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float32
 from tarsift.clip_detect.neighbors import unit_norm
 from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
-from tarsift.operators.schema import SIFTED_FOLDER, matrix
+from tarsift.operators.schema import SIFTED_FOLDER, matrix, places_of
 from tarsift.operators.stored import ReadStored, Stored
 from tarsift.pipelines.report.folds import Overview, Tally, numbers, pc, strings
 
@@ -56,7 +56,7 @@ def rows_of(table: pa.Table, score: str) -> Rows:
         texts = unit_norm(values.astype(np.float32)), valid
     return Rows(
         table=table,
-        identities=list(zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True)),
+        identities=places_of(table),
         scores=numbers(table, score),
         flagged=np.array([home == "removed" for home in strings(table, "home")], bool),
         captions=list(strings(table, "caption")),
@@ -157,7 +157,7 @@ class RunReader:
         if not tables:
             return rows_of(pa.table({"shard": pa.array([], pa.string()), "row": pa.array([], pa.int32())}), score)
         table = pa.concat_tables(tables, promote_options="default")
-        at = {name: i for i, name in enumerate(zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True))}
+        at = {name: i for i, name in enumerate(places_of(table))}
         return rows_of(table.take(pa.array([at[name] for name in wanted if name in at], pa.int64())), score)
 
     def _tables(self, shard: str, columns: Sequence[str]) -> Iterator[pa.Table]:
