@@ -268,6 +268,8 @@ def main() -> None:
     parser.add_argument("--part", choices=["tuning", "trace", "repair", "speed"])
     parser.add_argument("--corpus", nargs="*", default=list(ATTACKS))
     parser.add_argument("--attack", nargs="*")
+    parser.add_argument("--seed", type=int, nargs="*")
+    parser.add_argument("--method", nargs="*", help="of the part `repair` only these")
     options = parser.parse_args()
     if options.part:
         require_data(parser, options)
@@ -278,9 +280,11 @@ def main() -> None:
             return
         wanted = [c for c in cells_of(options.part) if c.corpus in options.corpus]
         wanted = [c for c in wanted if not options.attack or c.attack in options.attack]
+        wanted = [c for c in wanted if not options.seed or c.seed in options.seed]
         if options.part == "repair":
             learned = [c for c in wanted if any(r["learned"] for r in done.find(part="trace", cell=asdict(c)))]
             pairs = [(c, method, by) for c in learned for method, by in repairs(c)]
+            pairs = [pair for pair in pairs if not options.method or pair[1] in options.method]
             jobs: list[Any] = [
                 (*pair, *places)
                 for pair in pairs
