@@ -201,7 +201,7 @@ def shards_outside(inputs: str | Sequence[str], out: str, *, root: str | None = 
     folder = out.rstrip("/") + "/"
     shards = [shard for shard in list_shards(inputs, root=root) if not shard.url.startswith(folder)]
     if not shards:
-        raise UsageError(f"all shards that are given lie in {out}, the result folder: give another --out.")
+        raise UsageError(f"all shards that are given lie in {out}, the folder of the results: give another one.")
     return shards
 
 

@@ -281,6 +281,8 @@ def test_what_does_not_go_together_is_refused_before_work(world, nights, tmp_pat
     with pytest.raises(UsageError, match="--fixed"):
         ingest(arrivals, str(tmp_path / "new"), config=IngestConfig(clean=alone))
     assert not (tmp_path / "new").exists()
+    with pytest.raises(UsageError, match="lies outside the root"):
+        ingest(str(world / "state" / "nights" / "0001" / "clean"), state, config=fixed(world))
     with pytest.raises(UsageError, match=r"ingest\.epochs"):
         parse_ingest_config({"ingest": {"epochs": 0}})
 
