@@ -31,7 +31,7 @@ from tarsift.clip_detect.baselines import Evidence
 from tarsift.clip_detect.triggers import ATTACKS
 from tarsift.operators.decoding import ImageConfig, decode_image, fit_to_square, strict_pillow
 from tarsift.operators.encoder import ClipEncoder
-from tarsift.operators.folds import identities
+from tarsift.operators.identity import identities
 from tarsift.operators.images import DecodeImages, hash_images
 from tarsift.operators.models import LoadedEncoder, load_encoder
 from tarsift.operators.planting import poison_images

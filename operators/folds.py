@@ -14,10 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tarsift.clip_detect.sampling import keyed_hash, resalt
 from tarsift.clip_detect.threshold import Cutoff, TopFraction
-from tarsift.operators.flag import unscorable
-from tarsift.operators.schema import append, matrix, places_of
+from tarsift.operators.identity import content_hashes, drawing_hashes, identities, row_hashes, salted, scorable
+from tarsift.operators.schema import append, matrix
 
 
 class Fold(Protocol):
@@ -30,37 +29,6 @@ class Fold(Protocol):
     def add(self, state: Any, table: pa.Table) -> Any: ...
     def merge(self, a: Any, b: Any) -> Any: ...
     def finish(self, state: Any) -> Any: ...
-
-
-def identities(table: pa.Table, key: bytes) -> np.ndarray:
-    """Keyed hash (n,) uint64 of `image_sha256`: what counts as the same image; 0 where there is none."""
-    digests = table["image_sha256"].to_pylist()
-    out = np.zeros(len(digests), np.uint64)
-    present = [i for i, digest in enumerate(digests) if digest is not None]
-    if present:
-        out[present] = keyed_hash([digests[i] for i in present], key, "identity")
-    return out
-
-
-def drawing_hashes(ids: np.ndarray, key: bytes) -> np.ndarray:
-    """Keyed hash (n,) uint64 of identities, by which samples are drawn; the same as in `suspicion()`."""
-    return keyed_hash(ids.view(np.uint8).reshape(len(ids), 8), key, "reference") if len(ids) else ids
-
-
-def content_hashes(table: pa.Table, key: bytes, salt: str = "") -> np.ndarray:
-    """Drawing hashes (n,) uint64 of a table's images; a salt gives an unrelated draw."""
-    return salted(drawing_hashes(identities(table, key), key), salt)
-
-
-def row_hashes(table: pa.Table, key: bytes) -> np.ndarray:
-    """Keyed hash (n,) uint64 of the identity (shard, row): breaks ties between equal scores."""
-    names = [f"{shard}\0{row}".encode() for shard, row in places_of(table)]
-    return keyed_hash(names, key, "row") if names else np.zeros(0, np.uint64)
-
-
-def scorable(table: pa.Table) -> np.ndarray:
-    """Mask (n,) of the rows that have an image embedding."""
-    return np.array([not unscorable(error) for error in table["error"].to_pylist()], bool)
 
 
 @dataclass(frozen=True)
@@ -103,11 +71,6 @@ class SmallestHashes:
 
     def finish(self, state: np.ndarray) -> np.ndarray:
         return state
-
-
-def salted(hashes: np.ndarray, salt: str) -> np.ndarray:
-    """Derive another draw from hashes (n,); the same one for an empty salt."""
-    return resalt(hashes, salt) if salt else hashes
 
 
 class FetchRows:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from tarsift.clip_detect.neighbors import unit_norm
-from tarsift.operators.folds import row_hashes
+from tarsift.operators.identity import row_hashes
 from tarsift.operators.schema import append, as_table, matrix
 from tarsift.sifters.problems import UNROUTED, ClassRule
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 from tarsift.clip_detect.mismatch import MismatchRule
 from tarsift.clip_detect.suspicion import DensityRule, SmoothingRule
 from tarsift.clip_detect.verdict import Verdict
-from tarsift.operators.folds import identities, scorable
+from tarsift.operators.identity import identities, scorable
 from tarsift.operators.schema import append, as_table, matrix
 
 

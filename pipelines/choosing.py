@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from tarsift.clip_detect.neighbors import unit_norm
-from tarsift.operators.folds import Foremost, row_hashes, scorable
+from tarsift.operators.folds import Foremost
+from tarsift.operators.identity import row_hashes, scorable
 from tarsift.operators.schema import matrix
 from tarsift.operators.storage import join
 from tarsift.operators.stored import Stored

@@ -14,7 +14,8 @@ from tarsift.clip_detect.threshold import Cutoff, TopFraction
 from tarsift.operators import storage
 from tarsift.operators.errors import ConfigError, ShardError, UsageError
 from tarsift.operators.flag import Flag, FlagConfig, Judged
-from tarsift.operators.folds import CountNear, SelectTop, row_hashes
+from tarsift.operators.folds import CountNear, SelectTop
+from tarsift.operators.identity import row_hashes
 from tarsift.operators.schema import SIFTED_FOLDER, SIFTED_SCORES
 from tarsift.operators.shards import Shard
 from tarsift.operators.stored import ReadStored, Stored

@@ -18,7 +18,7 @@ from jaxtyping import Float32, Int64
 
 from tarsift.clip_detect.neighbors import unit_norm
 from tarsift.clip_detect.threshold import from_ordered_bits, ordered_bits
-from tarsift.operators.folds import content_hashes
+from tarsift.operators.identity import content_hashes
 from tarsift.operators.schema import matrix
 
 # Its functions are made when it is imported, so type checkers know none of them.

@@ -20,11 +20,8 @@ from tarsift.operators.folds import (
     Side,
     SmallestHashes,
     SumOfDigests,
-    drawing_hashes,
-    identities,
-    row_hashes,
-    salted,
 )
+from tarsift.operators.identity import drawing_hashes, identities, row_hashes, salted
 from tarsift.operators.schema import fixed_size_list
 
 KEY = b"k" * 32

@@ -9,7 +9,7 @@ import pytest
 from tarsift.clip_detect.mismatch import fit_mismatch
 from tarsift.clip_detect.suspicion import ScoredRows, SuspicionConfig, fit_density, fit_smoothing
 from tarsift.clip_detect.verdict import CAPTION_WEIGHT, Verdict, fit_verdict
-from tarsift.operators.folds import identities
+from tarsift.operators.identity import identities
 from tarsift.operators.schema import fixed_size_list, matrix
 from tarsift.operators.scorer import CountCopies, Judge, ScoreDensity, ScoreMismatch, SmoothScores
 

@@ -13,7 +13,7 @@ import pytest
 
 from tarsift.clip_detect.suspicion import suspicion
 from tarsift.operators.errors import ChangedError, ErrorRateError, ShardError, UsageError
-from tarsift.operators.folds import identities, row_hashes
+from tarsift.operators.identity import identities, row_hashes
 from tarsift.operators.schema import matrix
 from tarsift.operators.sides import choose_sides
 from tarsift.pipelines import clean as recipe

@@ -11,7 +11,8 @@ from tarsift.clip_detect.mismatch import fit_mismatch
 from tarsift.clip_detect.neighbors import unit_norm
 from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
-from tarsift.operators.folds import FetchRows, identities
+from tarsift.operators.folds import FetchRows
+from tarsift.operators.identity import identities
 from tarsift.operators.schema import matrix
 from tarsift.operators.sides import choose_sides
 from tarsift.pipelines.clean import clean, score_step
