@@ -46,12 +46,12 @@ from victims import (
 
 from tarsift.clip_detect import metrics
 from tarsift.sifters.baselines import sift_by
-from tarsift.sifters.delta_influence import Traced, judge
+from tarsift.sifters.delta_influence import Traced, cutoff_of, judge
 from tarsift.sifters.frequency import FrequencyDetector
 from tarsift.sifters.influence import Factors
 from tarsift.sifters.result import clean_base_set
 from tarsift.sifters.settings import BaselineConfig, LabelTraceConfig, UnlearnConfig
-from tarsift.sifters.tracing import ask_classifier, fit_curvature, trace
+from tarsift.sifters.tracing import ask_classifier, fit_curvature, layers_of, trace
 from tarsift.sifters.unlearn import METHODS, WITHOUT_FORGOTTEN, labelled, unlearn
 
 SEEDS = {
@@ -61,7 +61,7 @@ SEEDS = {
 QUERIES = (1, 5, 10)
 TAUS, TOLERATED = (-1.0, -10.0), (0, 1, 2, 3)  # beside the default, 0
 BUDGET = UnlearnConfig(batch_size=128, steps=1000, exact_steps=1100, augmented=False)  # a training is 1,100 steps
-PUBLISHED = LabelTraceConfig(length="largest", relative=0.5)
+PUBLISHED = LabelTraceConfig(length="largest", spared=0, relative=0.5)
 BASE_SET = 1000  # samples that ibau is given
 BASE_SETS = ("base_clean", "base_random", "base_sifted")  # known to be clean, any, or by mean diluted loss
 OF_SIFTERS = BaselineConfig(network=NETWORK)
@@ -95,6 +95,13 @@ def of_asked(found: Traced, poison: np.ndarray) -> dict[str, Any]:
     return out
 
 
+def of_default(asked: list[np.ndarray], poison: np.ndarray, *, by_layer: bool = True) -> dict[str, Any]:
+    """Return what the default score says of given queries, without echoes."""
+    config = LabelTraceConfig(by_layer=by_layer)
+    score = judge(asked, config, groups=layers_of(asked, config)).score
+    return figures(score >= cutoff_of(score, config.relative, config.of_best), poison) | {"ap": ranked(score, poison)}
+
+
 def trace_cell(job: tuple[Cell, Path, Path]) -> dict[str, Any]:
     """Trace one cell in all ways, and let the other detectors judge."""
     cell, data, cache = job
@@ -122,7 +129,10 @@ def trace_cell(job: tuple[Cell, Path, Path]) -> dict[str, Any]:
     line["asked_cpu_s"] = round(time.process_time() - start, 1)
     for queries in QUERIES:
         if len(asked) >= queries:
-            line[f"queries_{queries}"] = of_asked(judge(asked[:queries], PUBLISHED), poison)
+            line[f"queries_{queries}"] = of_asked(judge(asked[:queries], PUBLISHED), poison) | {
+                "by_layer": of_default(asked[:queries], poison),
+                "layers_summed": of_default(asked[:queries], poison, by_layer=False),
+            }
     for tau in TAUS:
         line[f"tau_{tau:g}"] = of_asked(judge(asked[:1], PUBLISHED.model_copy(update={"threshold": tau})), poison)
     for change in ("label", "picture"):

@@ -12,7 +12,9 @@ Most of what that rule finds beside the poison are other samples of the target c
     relative(z) = -max_j D_j(z) / max_j |I(z, .)|,    traced: relative(z) >= 0.5
 
 It is above 0 exactly where the count is n_b with tau = 0, and 1 where support falls to 0 under every change. With
-`length` = mean_square the maximum below the line is the root of the mean square; the score is larger then.
+`length` = mean_square the maximum below the line is the root of the mean square; the score is larger then. With
+`spared` = k the maximum above it is the one that is left without the k largest, as n_tol is for the count. By layers it
+is the mean of what each layer's share of the influence says: no layer with long slopes decides alone.
 """
 
 from __future__ import annotations
@@ -153,4 +155,6 @@ def cutoff_of(score: Float[np.ndarray, " n"], least: float, of_best: float) -> f
 def _relative(found: Float[np.ndarray, "b n"], config: TraceConfig) -> Float[np.ndarray, " n"]:
     largest = config.length == "largest"
     length = np.abs(found).max(axis=0) if largest else np.sqrt(np.square(found).mean(axis=0))
-    return -(found[1:] - found[0]).max(axis=0) / np.where(length > 0, length, 1)
+    change = found[1:] - found[0]
+    worst = max(len(change) - 1 - config.spared, 0)
+    return -np.partition(change, worst, axis=0)[worst] / np.where(length > 0, length, 1)

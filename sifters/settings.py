@@ -127,6 +127,9 @@ class TraceConfig(BaseModel, frozen=True, extra="forbid"):
     tolerated: int = Field(default=1, ge=0, description="n_tol: copies at most under which it need not collapse")
     relative: float = Field(default=0.5, gt=0, le=2, description="a sample is traced by its relative score from here")
     length: Length = "largest"
+    spared: int = Field(
+        default=0, ge=0, description="changed copies that the relative score leaves out, the worst ones"
+    )
     hessian: Literal["ekfac", "identity"] = Field(
         default="ekfac", description="the curvature: by kronfluence (extra `influence`), or none"
     )
@@ -143,12 +146,16 @@ class LabelTraceConfig(TraceConfig, frozen=True, extra="forbid"):
     """Settings of tracing a classifier, chosen on models that no figure is reported of."""
 
     length: Length = "mean_square"
+    spared: int = Field(
+        default=2, ge=0, description="changed copies that the relative score leaves out, the worst ones"
+    )
+    by_layer: bool = Field(default=True, description="the relative score is the mean of those of the layers")
     echoes: int = Field(
         default=4, ge=0, description="best samples that are queries in the second round; then twice as many each time"
     )
-    rounds: int = Field(default=3, ge=0, description="rounds with such queries")
+    rounds: int = Field(default=1, ge=0, description="rounds with such queries")
     of_best: float = Field(
-        default=0.4,
+        default=0.35,
         ge=0,
         le=1,
         description="traced is what has `relative`, and this share of the mean of the best eight",

@@ -1,12 +1,13 @@
 """Tracing a classifier: from pictures that it takes for the wrong class to the training samples behind that.
 
-`trace` asks Delta-Influence (see delta_influence.py) of the given pictures, and then of *echoes*: the best samples so
-far, where the model says the same of them. What was planted answers for its own kind, and much less then hangs on one
-query. A sample's score is the mean of its relative score over all queries, itself left out.
+`trace` asks Delta-Influence (see delta_influence.py) of the given pictures, then of a few *echoes*: the best samples
+so far, where the model says the same of them. What was planted answers for its own kind, and much less then hangs on
+one query. A sample's score is the mean of its relative score over all queries, itself left out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,7 +123,7 @@ def trace(
         found = ask_classifier(
             net, samples, queries, says, config=config, curvature=curvature, rows=rows, seed=seed + first
         )
-        return judge(found, config)
+        return judge(found, config, groups=layers_of(found, config))
 
     asked = asked_of(pictures, 0)
     score, echoes = asked.score, np.empty(0, np.int64)
@@ -137,6 +138,11 @@ def trace(
         score = np.nanmean(np.concatenate([asked.relative, relative]), axis=0)
     cutoff = cutoff_of(score, config.relative, config.of_best)
     return Behind(score, score >= cutoff, cutoff, echoes, asked)
+
+
+def layers_of(influences: Sequence[Float32[np.ndarray, "l b m"]], config: LabelTraceConfig) -> list[list[int]] | None:
+    """Return the layers as groups for `judge`, each one its own; None: their sum is judged."""
+    return [[layer] for layer in range(len(influences[0]))] if config.by_layer else None
 
 
 def _pixels(samples: Labelled) -> Pixels:

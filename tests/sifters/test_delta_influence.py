@@ -59,6 +59,13 @@ def test_the_length_of_a_samples_influences_is_their_largest_or_their_mean_squar
     assert judge([one_large], TraceConfig(transforms=3, length="mean_square")).score == pytest.approx(2.0)
 
 
+def test_spared_copies_are_those_that_change_least():
+    """A sample whose influence is 4, and 3, 2 and 0 on the copies: it falls by 1, 2 and 4."""
+    falls = np.array([4.0, 3.0, 2.0, 0.0]).reshape(1, 4, 1)
+    scores = [judge([falls], TraceConfig(transforms=3, spared=spared)).score[0] for spared in (0, 1, 2, 9)]
+    assert scores == pytest.approx([1 / 4, 2 / 4, 1, 1])
+
+
 def test_groups_of_layers_have_a_say_each():
     quiet, loud = np.array([[1.0], [-1.0], [-1.0]]), np.array([[10.0], [10.0], [10.0]])
     both = np.stack([quiet, loud])
