@@ -2,7 +2,7 @@
 
 A request is a `KeyboardInterrupt`, the one exception that Ray hands on from its own waiting. Raised at an unlucky
 moment, in a callback or a finalizer, it is lost all the same; so a program keeps a note of it as well, and looks
-at that between pieces of work.
+at that between pieces of work. Python's word about the loss, a traceback, is left out: nothing is lost.
 
 One request may come as several signals: `timeout`, systemd, Slurm and terminals signal each process of a group, and
 `supervisor.py` hands on what it got itself. What comes within REPEAT_S of a request is part of it.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,13 +22,22 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REPEAT_S = 2.0
 _asked = False
+_tell = sys.unraisablehook  # the hook that was there before ours
 _asked_at = -math.inf  # when the latest request began, by the monotonic clock
 
 
 def stop_on_signals() -> None:
     """Have SIGTERM do what Ctrl-C does, and lose neither; for programs, not for libraries."""
+    global _tell
     for number in SIGNALS:
         signal.signal(number, _stop)
+    if sys.unraisablehook is not _told_unless_noted:
+        _tell, sys.unraisablehook = sys.unraisablehook, _told_unless_noted
+
+
+def _told_unless_noted(unraisable: sys.UnraisableHookArgs) -> None:
+    if not (_asked and issubclass(unraisable.exc_type, KeyboardInterrupt)):
+        _tell(unraisable)
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

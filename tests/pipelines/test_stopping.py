@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import signal
+import sys
 import threading
 
 import pytest
@@ -20,6 +21,7 @@ def handlers(request, monkeypatch):
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(stopping, "_asked", False)
     monkeypatch.setattr(stopping, "REPEAT_S", 0.0)
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
     if request.param == "program":
         stop_on_signals()
     else:
@@ -140,3 +142,29 @@ def test_a_request_that_was_swallowed_is_raised_later(handlers):
     if handlers == "program":
         with pytest.raises(KeyboardInterrupt):
             stop_if_asked()
+
+
+def test_a_request_that_a_finalizer_swallows_is_kept_without_a_traceback(handlers, capsys):
+    class Last:
+        def __del__(self):
+            send(signal.SIGTERM if handlers == "program" else signal.SIGINT)
+            for _ in range(1000):  # the handler runs between two of these
+                pass
+
+    Last()
+    told = capsys.readouterr().err
+    if handlers == "program":
+        assert told == ""
+        with pytest.raises(KeyboardInterrupt):
+            stop_if_asked()
+    else:
+        assert "KeyboardInterrupt" in told
+
+
+def test_other_errors_of_finalizers_are_told(capsys):
+    class Last:
+        def __del__(self):
+            raise ValueError("mine")
+
+    Last()
+    assert "ValueError: mine" in capsys.readouterr().err
