@@ -158,8 +158,7 @@ class Traced:
 
     def is_poison(self, table: pa.Table) -> np.ndarray:
         """Return which rows of a table are poison, (n,) bool."""
-        at = zip(self.rows["shard"].to_pylist(), self.rows["row"].to_pylist(), self.poison.tolist(), strict=True)
-        known = {(shard, row): poison for shard, row, poison in at}
+        known = dict(zip(places_of(self.rows), self.poison.tolist(), strict=True))
         return np.array([known[place] for place in places_of(table)])
 
 

@@ -231,3 +231,16 @@ def _without_suffix(name: str) -> str:
         if name.lower().endswith(suffix):
             return name[: -len(suffix)]
     return name
+
+
+def shards_outside(inputs: str | Sequence[str], out: str, *, root: str | None = None) -> list[Shard]:
+    """List shards, but for those of the result folder, which may lie below the dump; for `root` see `list_shards`.
+
+    Raises:
+        UsageError: if no other is left.
+    """
+    folder = out.rstrip("/") + "/"
+    shards = [shard for shard in list_shards(inputs, root=root) if not shard.url.startswith(folder)]
+    if not shards:
+        raise UsageError(f"all shards that are given lie in {out}, the folder of the results: give another one.")
+    return shards

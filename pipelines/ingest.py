@@ -21,7 +21,7 @@ from tarsift.operators import storage
 from tarsift.operators.encoder_settings import EncoderConfig
 from tarsift.operators.errors import ChangedError, ErrorRateError, UsageError
 from tarsift.operators.imported import folder_of
-from tarsift.operators.listing import Shard, list_shards, root_of
+from tarsift.operators.listing import Shard, list_shards, root_of, shards_outside
 from tarsift.operators.sides import DETECT, FEATURES
 from tarsift.operators.storage import join
 from tarsift.pipelines import embed as embedding
@@ -44,7 +44,6 @@ from tarsift.pipelines.run import (
     absolute_spec,
     refuse_encoders,
     reopen_run,
-    shards_outside,
     with_absolute_paths,
 )
 from tarsift.pipelines.session import session

@@ -14,8 +14,8 @@ from typing import Any
 
 from tarsift.operators import storage
 from tarsift.operators.errors import BusyError, ChangedError, ConfigError, UsageError
+from tarsift.operators.listing import Shard, shards_outside
 from tarsift.operators.schema import SCHEMA_VERSION
-from tarsift.operators.shards import Shard, list_shards
 from tarsift.operators.sides import DETECT, FEATURES, ROLES, WITNESS
 from tarsift.pipelines.class_names import with_class_names
 from tarsift.pipelines.commit import PassResult
@@ -190,19 +190,6 @@ class Run:
         """Passes whose result was made from an earlier state of the passes before them."""
         wanted = self.wanted_fingerprints()
         return [n for n in wanted if n != "report" and self.fingerprint_of(n) not in (None, wanted[n])]
-
-
-def shards_outside(inputs: str | Sequence[str], out: str, *, root: str | None = None) -> list[Shard]:
-    """List shards, but for those of the result folder, which may lie below the dump; for `root` see `list_shards`.
-
-    Raises:
-        UsageError: if no other is left.
-    """
-    folder = out.rstrip("/") + "/"
-    shards = [shard for shard in list_shards(inputs, root=root) if not shard.url.startswith(folder)]
-    if not shards:
-        raise UsageError(f"all shards that are given lie in {out}, the folder of the results: give another one.")
-    return shards
 
 
 def open_run(

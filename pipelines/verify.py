@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from tarsift.operators import storage
 from tarsift.operators.errors import Interrupted, TarsiftError, UsageError
 from tarsift.operators.flag import HOMES
-from tarsift.operators.listing import Shard
+from tarsift.operators.listing import Shard, shards_outside
 from tarsift.operators.retry import take_repeated
 from tarsift.operators.schema import places_of
 from tarsift.operators.verify import Fault, ShardProof, verify_shard
@@ -24,7 +24,7 @@ from tarsift.pipelines.metrics import reported
 from tarsift.pipelines.notebook import html_table
 from tarsift.pipelines.printing import SHOWN_SHARDS, faults_of, verdict_of_proof
 from tarsift.pipelines.progress import Event, Listener, silent
-from tarsift.pipelines.run import Run, reopen_run, shards_outside
+from tarsift.pipelines.run import Run, reopen_run
 from tarsift.pipelines.session import session
 from tarsift.pipelines.tasks import side_by_side
 from tarsift.pipelines.write import kept_rows, shard_outputs, verdicts_of

@@ -180,7 +180,12 @@ def verify(
 
 
 @commands.command(rich_help_panel=MAIN)
-def status(out: OutFolder, json_: AsJson = False) -> None:
+def status(
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="A result folder, or the state of an ingestion.", show_default=False)
+    ],
+    json_: AsJson = False,
+) -> None:
     """Say how far a result folder, or the state of an ingestion, is, and whether somebody works on it."""
     from tarsift.pipelines.status import Status, status_of_state
     from tarsift.pipelines.status import status as status_of_run
