@@ -13,7 +13,8 @@ without any poison, it told of drift (`--part tuning`). What is reported comes f
 
 `--part fixed`: with encoders that stand still, what ten nights cost in CPU beside one run over all shards, and whether
 the reference and, against it, all scores and flags are the same. Counted is the CPU time of all processes of a command,
-less that of the same command over one shard of 100 samples: what starting Ray and loading packages takes.
+less that of the same command over two shards of 50 samples: what starting Ray and, on two cores, workers that load
+packages takes.
 
 Appends one JSON line per night to `--results`; a night that is there already (same seed, kind and code) is not run
 again where its state is still in `--work`.
@@ -33,6 +34,7 @@ import subprocess
 import tarfile
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,7 @@ PARTS = {"tuning": (100, 1), "reporting": (2, 3)}
 TARGETS = {100: "volcano", 1: "kettle", 2: "lemon", 3: "teapot"}
 LABEL = "truck"  # whose samples a clean-label patch is put on
 EPOCHS = 20  # of the witness and of the first encoder
-SMALL = 100
+SMALL, SMALL_SHARDS = 100, 2
 WATCHED = ("suspicion", "suspicion_density", "caption_mismatch")
 
 
@@ -184,16 +186,18 @@ def run(
                 print({name: told[name] for name in told if name not in ("code", "seconds")}, flush=True)
 
 
-def small_shard(shard: str, folder: Path) -> Path:
-    """Write the first hundred samples of a shard as one of its own; return its folder."""
+def small_dump(shard: str, folder: Path) -> Path:
+    """Write the first samples of a shard, in turns, into two shards; return their folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(shard) as source, tarfile.open(folder / "small.tar", "w") as sink:
-        keys: set[str] = set()
+    keys: dict[str, int] = {}
+    with ExitStack() as stack:
+        source = stack.enter_context(tarfile.open(shard))
+        sinks = [stack.enter_context(tarfile.open(folder / f"small-{i}.tar", "w")) for i in range(SMALL_SHARDS)]
         for member in source:
-            keys.add(member.name.partition(".")[0])
-            if len(keys) > SMALL:
+            turn = keys.setdefault(member.name.partition(".")[0], len(keys))
+            if turn == SMALL:
                 break
-            sink.addfile(member, source.extractfile(member))
+            sinks[turn % len(sinks)].addfile(member, source.extractfile(member))
     return folder
 
 
@@ -241,7 +245,7 @@ def fixed(data: Path, work: Path, cells: Cells) -> None:
     shutil.rmtree(place, ignore_errors=True)
     roles = [f"--encoder={role}={file}" for role, file in made.items()]
     nights = nights_of(data, 1)
-    small = small_shard(nights[0][0], place / "small")
+    small = small_dump(nights[0][0], place / "small")
     few = ["--set", "suspicion.reference_size=64", "--set", "suspicion.published_ks=[8]"]
     start = {
         "night": cpu_of("ingest", str(small), "--state", str(place / "small-state"), "--fixed", "-q", *roles, *few),

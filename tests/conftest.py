@@ -8,6 +8,7 @@ import subprocess
 import tarfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # bits depend on it; and pools spinning on shared cores cost much
+os.environ["RAY_ADDRESS"] = "local"  # not what `ray start`, or a test of several nodes, runs here meanwhile
 
 import numpy as np
 import pytest

@@ -279,10 +279,13 @@ with session(num_cpus=1):
 
 @pytest.mark.slow
 def test_ray_exports_them_by_these_names(with_agents):
-    environment = {**os.environ, "RAY_ADDRESS": "local"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(with_agents), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(with_agents), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, "-c", EXPORTED], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, "-c", EXPORTED],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
