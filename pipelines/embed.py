@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 
 from tarsift.operators import storage
-from tarsift.operators.encoder_settings import EncoderInfo
+from tarsift.operators.encoder_settings import EncoderConfig, EncoderInfo
 from tarsift.operators.errors import ChangedError, TarsiftError, UsageError
 from tarsift.operators.flag import unscorable
 from tarsift.operators.imported import (
@@ -113,6 +114,7 @@ def embed_pass(
 
     Raises:
         ChangedError: if they were embedded by other weights, unless these are to `replace` them.
+        UsageError: if embeddings that were made elsewhere lack something, or are of another dump.
     """
     # Loading open_clip takes many seconds, and most commands that import this module do not encode.
     from tarsift.operators.encoder import ClipEncoder, encoder_info
@@ -124,13 +126,20 @@ def embed_pass(
     ledger = Ledger(out, f"embed.{role}", embed_fingerprint(config, role, info))
     if not replace:
         refuse_other_weights(ledger, info)
-    resources = config.resources
+    resources, folder = config.resources, f"embeddings/{role}"
 
-    folder = f"embeddings/{role}"
-    if given is not None:
-        return _join_pass(given, info, ledger, shards, config, role, progress), ledger, info
+    def commit(stream: Callable[[list[Shard]], ray.data.Dataset]) -> PassResult:
+        return run_pass(
+            ledger,
+            shards,
+            stream,
+            folder=folder,
+            metadata={"encoder": info.name, "weights_sha256": info.weights_sha256},
+            wave_shards=resources.wave_shards,
+            progress=progress,
+        )
 
-    def stream(wave: list[Shard]) -> ray.data.Dataset:
+    def encode(wave: list[Shard]) -> ray.data.Dataset:
         pictures = map_tables(
             shard_items(wave),
             read_pictures,
@@ -145,33 +154,22 @@ def embed_pass(
             **encoder_actors(resources, len(wave)),
         )
 
-    result = run_pass(
-        ledger,
-        shards,
-        stream,
-        folder=folder,
-        metadata={"encoder": info.name, "weights_sha256": info.weights_sha256},
-        wave_shards=resources.wave_shards,
-        progress=progress,
-    )
-    return result, ledger, info
+    if given is None:
+        return commit(encode), ledger, info
+    _refuse_lacking(given, encoder, role)
+    with _indexed(given, ledger, shards, role, progress) as index:
+        join = ImportedEmbeddings(given, index, towers=encoder.towers, store=encoder.store)
+        arguments = {"read": config.read, "join": join}
+        result = commit(lambda wave: map_tables(shard_items(wave), read_joined, arguments, num_cpus=READ_CPUS))
+    return dataclasses.replace(result, about={"embeddings_of_no_sample": _left_over(given, result)}), ledger, info
 
 
-def _join_pass(
-    given: EmbeddingFolder,
-    info: EncoderInfo,
-    ledger: Ledger,
-    shards: Sequence[Shard],
-    config: CleanConfig,
-    role: str,
-    progress: Listener,
-) -> PassResult:
-    """Join embeddings that were made elsewhere to the samples of all shards that are not committed yet.
+def _refuse_lacking(given: EmbeddingFolder, encoder: EncoderConfig, role: str) -> None:
+    """Refuse embeddings made elsewhere where an encoder is asked for what they have not.
 
     Raises:
-        UsageError: if there are none for a tower or for diluted views, two of one name, or none of any sample.
+        UsageError: if there are none for a tower, or for diluted views.
     """
-    encoder, resources = config.encoders[role], config.resources
     lacking = [tower for tower in encoder.towers if tower not in given.towers]
     if lacking:
         raise UsageError(
@@ -183,28 +181,25 @@ def _join_pass(
             f"{given.url} has no embeddings of diluted copies, which the encoder given as {role} is asked for: give "
             f"one that encodes, or --set encoders.{role}.views=0 with a sifter that does without."
         )
+
+
+@contextmanager
+def _indexed(
+    given: EmbeddingFolder, ledger: Ledger, shards: Sequence[Shard], role: str, progress: Listener
+) -> Iterator[str]:
+    """Index embeddings made elsewhere, unless all shards have theirs; the index goes when they have.
+
+    Raises:
+        UsageError: if two embeddings have one name.
+    """
     indexes = storage.join(ledger.out, "embeddings", ".index")
     index = storage.join(indexes, f"{role}-{given.digest[:16]}")
     done = len(ledger.entries([shard.name for shard in shards]))
     if done < len(shards) and not index_is_there(index):
         progress(Event(ledger.name, done, len(shards), note="finding whose embeddings they are"))
         write_index(given, index)
-    join = ImportedEmbeddings(given, index, towers=encoder.towers, store=encoder.store)
-
-    def stream(wave: list[Shard]) -> ray.data.Dataset:
-        return map_tables(shard_items(wave), read_joined, {"read": config.read, "join": join}, num_cpus=READ_CPUS)
-
-    result = run_pass(
-        ledger,
-        shards,
-        stream,
-        folder=f"embeddings/{role}",
-        metadata={"encoder": info.name, "weights_sha256": info.weights_sha256},
-        wave_shards=resources.wave_shards,
-        progress=progress,
-    )
+    yield index
     storage.remove_tree(indexes)
-    return replace(result, about={"embeddings_of_no_sample": _left_over(given, result)})
 
 
 def _left_over(given: EmbeddingFolder, result: PassResult) -> int:
