@@ -11,7 +11,10 @@ clean dump. Appends one JSON line per finished cell to `--results`; one that is 
     python benchmarks/trace.py --data DATA --part repair       # of the cells that were reported
     python benchmarks/trace.py --table
 
-Only cells whose attack was learned (success of at least 0.9) are traced.
+Only cells whose attack was learned (success of at least 0.9) are traced. The target is a word that no other caption
+has, which looking for the caption finds as well, or `truck`, which a tenth of the clean captions are about. Beside what
+is traced: candidates ranked by how like what is said their captions are to the model (`caption_ap`), by how like the
+queries their pictures are, and by the sum of both.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ from tarsift.operators.repair_settings import RepairConfig
 from tarsift.operators.repairer import UnlearnPairs
 from tarsift.operators.schema import places_of
 from tarsift.operators.shards import ReadShard, Shard, list_shards
+from tarsift.operators.towers import encode_images
 from tarsift.operators.trace_settings import TracingConfig
 from tarsift.operators.trace_verdict import RANDOM, Question, ask_in_rounds
 from tarsift.operators.tracer import (
@@ -67,7 +71,7 @@ TRIED = {
     "cifar10": {"patch": (0.02, 0.05), "blend": (0.02,), "sig": (0.02,), "wanet": (0.03,), "filter": (0.02,)},
     "digits": {"patch": (0.003,), "blend": (0.003,), "filter": (0.003,)},
 }
-IN_VOCABULARY = ("cifar10", "patch", 0.05, "truck")
+IN_VOCABULARY = "truck"  # with the attacks of CIFAR-10
 QUERIES = (1, 5)
 SHARES = (0.0, 0.2, 0.3, 0.5)  # of the best, beside the default: what else the cutoff could have been
 MODULES = (  # that a cell depends on
@@ -84,9 +88,9 @@ def chosen(part: str) -> list[Cell]:
     out = []
     for seed in SEEDS[part]:
         for corpus, attacks in TRIED.items():
-            out += [cell(corpus, name, rate, seed, TARGETS[seed]) for name, rates in attacks.items() for rate in rates]
-        corpus, attack, rate, target = IN_VOCABULARY
-        out.append(cell(corpus, attack, rate, seed, target))
+            targets = (TARGETS[seed], IN_VOCABULARY) if corpus == "cifar10" else (TARGETS[seed],)
+            tried = [(name, rate) for name, rates in attacks.items() for rate in rates]
+            out += [cell(corpus, name, rate, seed, target) for target in targets for name, rate in tried]
     return out
 
 
@@ -149,6 +153,15 @@ class Traced:
 
         return ask_in_rounds(ask, question, echo, self.config)[0]
 
+    def alike(self, question: Question, candidates: pa.Table) -> dict[str, np.ndarray]:
+        """Return how like what is said each caption is, and how like the queries each picture, to the model."""
+        row_of = {place: row for row, place in enumerate(places_of(self.rows))}
+        rows = [row_of[place] for place in places_of(candidates)]
+        images, texts = (unit_norm(self.made.arrays[name][rows].astype(np.float32)) for name in ("images", "texts"))
+        asked = unit_norm(encode_images(self.encoder, question.pictures, micro_batch=64))
+        found = {"caption": texts @ embed_captions(self.encoder, [self.says])[0], "picture": (images @ asked.T).mean(1)}
+        return found | {"both": found["caption"] + found["picture"]}
+
     def curvature(self) -> str:
         """Fit the curvature on random pairs, and return its folder."""
         few = self.draw.permutation(len(self.rows))[: self.config.method.curvature_samples]
@@ -184,8 +197,11 @@ def trace_cell(job: tuple[Cell, Path, Path]) -> dict[str, Any]:
             if question is not None:
                 start = time.process_time()
                 found = made.find(question, candidates, curvature)
-                figures = figures_of(found, made.is_poison(found), int(made.poison.sum()))
-                line[f"queries_{queries}"] = figures | {"cpu_s": round(time.process_time() - start, 1)}
+                figures = {"cpu_s": round(time.process_time() - start, 1)}
+                figures |= figures_of(found, made.is_poison(found), int(made.poison.sum()))
+                for name, values in made.alike(question, candidates).items():
+                    figures[f"{name}_ap"] = round(metrics.average_precision(values, made.is_poison(candidates)), 4)
+                line[f"queries_{queries}"] = figures
         return line
 
 
@@ -269,7 +285,8 @@ def row_of(line: dict[str, Any]) -> str:
         if found := line.get(f"queries_{queries}"):
             out.append(
                 f"{queries}: AP {found['trace_score_ap']:.2f} (own {found['own_score_ap']:.2f}, influence "
-                f"{found['influence_ap']:.2f}) traced {found['traced_precision']:.2f}/{found['traced_tpr']:.2f} "
+                f"{found['influence_ap']:.2f}, alike {found['both_ap']:.2f}) "
+                f"traced {found['traced_precision']:.2f}/{found['traced_tpr']:.2f} "
                 f"count {found['by_count_precision']:.2f}/{found['by_count_tpr']:.2f} {found['cpu_s']:.0f} s"
             )
     return "  ".join(out)
