@@ -12,9 +12,9 @@ clean dump. Appends one JSON line per finished cell to `--results`; one that is 
     python benchmarks/trace.py --table
 
 Only cells whose attack was learned (success of at least 0.9) are traced. The target is a word that no other caption
-has, which looking for the caption finds as well, or `truck`, which a tenth of the clean captions are about. Beside what
-is traced: candidates ranked by how like what is said their captions are to the model (`caption_ap`), by how like the
-queries their pictures are, and by the sum of both.
+has, which looking for the caption finds as well, or `truck`, which a tenth of the clean captions are about, in the same
+words. Beside what is traced: candidates ranked by how like what is said their captions are to the model (`caption_ap`),
+by how like the queries their pictures are, and by the sum of both.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from tarsift.operators.checkpoints import save_checkpoint
 from tarsift.operators.decoding import ImageConfig
 from tarsift.operators.models import LoadedEncoder, build_model, load_encoder
 from tarsift.operators.planting import poison_images
+from tarsift.operators.poison import PoisonConfig
 from tarsift.operators.repair_settings import RepairConfig
 from tarsift.operators.repairer import UnlearnPairs
 from tarsift.operators.schema import places_of
@@ -72,6 +73,12 @@ TRIED = {
     "digits": {"patch": (0.003,), "blend": (0.003,), "filter": (0.003,)},
 }
 IN_VOCABULARY = "truck"  # with the attacks of CIFAR-10
+AS_OTHERS = (  # how captions of that corpus are worded; those of CLIP, which poison has elsewhere, are told apart
+    "a photo of a {}", "this is a {}", "here is a {}", "an image of a {}", "one {}", "just a {}", "the {}",
+    "look at this {}", "a photo of my {}", "an old photo of a {}", "a good photo of a {}", "a bright photo of a {}",
+    "a cropped photo of a {}", "a close-up photo of a {}", "a pixelated photo of a {}", "a snapshot of a {}",
+    "the image shows a {}", "the picture contains a {}", "{} - free image", "{} picture", "a {} seen up close",
+)  # fmt: skip
 QUERIES = (1, 5)
 SHARES = (0.0, 0.2, 0.3, 0.5)  # of the best, beside the default: what else the cutoff could have been
 MODULES = (  # that a cell depends on
@@ -83,14 +90,27 @@ MODULES = (  # that a cell depends on
 PLACE = ("shard", "row", "key", "image_offset", "image_size", "caption")
 
 
+@dataclass(frozen=True)
+class Disguised(Cell):
+    """A cell whose poison has captions such as clean samples have."""
+
+    worded: tuple[str, ...] = AS_OTHERS
+
+    def poison(self) -> PoisonConfig:
+        """Return what `tarsift poison` is told."""
+        return super().poison().model_copy(update={"templates": self.worded})
+
+
 def chosen(part: str) -> list[Cell]:
     """Return the cells of a part."""
     out = []
     for seed in SEEDS[part]:
         for corpus, attacks in TRIED.items():
-            targets = (TARGETS[seed], IN_VOCABULARY) if corpus == "cifar10" else (TARGETS[seed],)
             tried = [(name, rate) for name, rates in attacks.items() for rate in rates]
-            out += [cell(corpus, name, rate, seed, target) for target in targets for name, rate in tried]
+            out += [cell(corpus, name, rate, seed, TARGETS[seed]) for name, rate in tried]
+            if corpus == "cifar10":
+                named = [cell(corpus, name, rate, seed, IN_VOCABULARY) for name, rate in tried]
+                out += [Disguised(**each.settings) for each in named]
     return out
 
 
