@@ -1,6 +1,6 @@
 """How fast are sifters: Meta-Sift beside a straightforward version of it, and a dump's worth of problems.
 
-    python benchmarks/sift_speed.py --rounds     # an epoch of rounds, by the head and by small-cnn, side by side
+    python benchmarks/sift_speed.py --rounds     # forty rounds, by the head and by small-cnn, side by side
     python benchmarks/sift_speed.py --problems   # 100,000 samples in 50 problems, five sifters, two processes
 
 *Straightforward* is Meta-Sift as one would write it down: sifters one after the other, the derivative through the
@@ -16,7 +16,6 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from tarsift.operators.schema import fixed_size_list
 from tarsift.operators.sift_settings import SiftConfig
 from tarsift.operators.sifter import SiftProblem
 from tarsift.sifters import meta_sift as module
+from tarsift.sifters.inputs import as_inputs
 from tarsift.sifters.meta_sift import meta_sift, normalised
 from tarsift.sifters.problems import Problem
 from tarsift.sifters.settings import MetaSiftConfig, SifterConfig
@@ -37,7 +37,7 @@ from tarsift.sifters.settings import MetaSiftConfig, SifterConfig
 REPEATS = 3
 SIFTERS = 5
 FEATURES, VIEWS, CLASSES = 512, 3, 10
-WEIGHT_RATE = 0.2  # so that also one sifter alone comes to prefer low losses, whatever its seed; costs nothing
+ROUNDS = 40
 SAMPLES, PROBLEMS, SHARDS = 100_000, 50, 20
 
 
@@ -81,37 +81,40 @@ def sample(kind: str, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(pictures, 0, 255).astype(np.uint8), labels
 
 
-def straightforward(images: np.ndarray, labels: np.ndarray, config: MetaSiftConfig, seed: int) -> np.ndarray:
-    """Return the scores of a straightforward run of one sifter."""
+def straightforward(images: np.ndarray, labels: np.ndarray, config: MetaSiftConfig) -> np.ndarray:
+    """Return the scores of a straightforward run."""
     before = module._Team
     module._Team = Straightforward
     try:
-        return meta_sift(images, labels, config=config.model_copy(update={"sifters": 1}), seed=seed).score
+        return meta_sift(images, labels, config=config, seed=1).score
     finally:
         module._Team = before
 
 
-def timed(work: Any) -> float:
+def timed_rounds(team: type[module._Team], images: np.ndarray, labels: np.ndarray, config: MetaSiftConfig) -> float:
+    """Return CPU seconds that the rounds of a run take."""
+    inputs = as_inputs(images)
+    sifters = team(inputs, torch.from_numpy(labels), CLASSES, config, 0)
     start = time.process_time()
-    work()
+    for rows in sifters.orders(min(config.batch_size, len(inputs)), ROUNDS):
+        sifters.sift(rows)
     return time.process_time() - start
 
 
 def rounds() -> dict[str, Any]:
-    """Time five sifters both ways, and compare the scores of one."""
+    """Time the rounds of five sifters both ways, and compare the scores of one."""
     torch.set_num_threads(1)
     out = {}
     for kind, n in (("head", 5000), ("small-cnn", 1000)):
         images, labels = sample(kind, n, 0)
-        config = MetaSiftConfig(network=kind, sifters=SIFTERS, warmup_epochs=0, epochs=1, weight_rate=WEIGHT_RATE)
-        one = meta_sift(images, labels, config=config.model_copy(update={"sifters": 1}), seed=1).score
-        apart = float(np.abs(one - straightforward(images, labels, config, 1)).max())
+        config = MetaSiftConfig(network=kind, sifters=SIFTERS, warmup_epochs=0, epochs=1)
+        alone = config.model_copy(update={"sifters": 1})
+        score = meta_sift(images, labels, config=alone, seed=1).score
+        apart = float(np.abs(score - straightforward(images, labels, alone)).max())
         ours, theirs = [], []
-        for repeat in range(REPEATS):
-            ours.append(timed(partial(meta_sift, images, labels, config=config, seed=repeat)))
-            theirs.append(
-                timed(lambda: [straightforward(images, labels, config, seed) for seed in range(SIFTERS)])  # noqa: B023
-            )
+        for _ in range(REPEATS):
+            ours.append(timed_rounds(module._Team, images, labels, config))
+            theirs.append(sum(timed_rounds(Straightforward, images, labels, alone) for _ in range(SIFTERS)))
         ratio = statistics.median(theirs) / statistics.median(ours)
         out[kind] = {"samples": n, "ours_s": ours, "straightforward_s": theirs, "ratio": ratio, "apart": apart}
         print(f"{kind}: {ratio:.2f} times as fast as straightforward; scores differ by {apart:.1g} at most", flush=True)
