@@ -20,8 +20,8 @@ slopes of random sign and on small sets keeps them (it then prefers poison):
 - psi begins as the same weight for every sample, as the paper says, so that the first step decides its slope; its step
   is scaled to the number of rounds; a sifter whose psi still rises with the loss is left out, and counted.
 - The virtual update has a rate of its own.
-- The derivative of 3 through 1 needs no second derivatives: with h the gradient of 3's objective at theta', it is
-  -alpha sum_i (dv_i / dpsi) <G h, g_i>, and one forward-mode product gives <G h, g_i> of all samples at once.
+- 3 is not differentiated through 1: with h the gradient of 3's objective at theta', the derivative is
+  -alpha sum_i (dv_i / dpsi) <G h, g_i>, and one product of derivatives gives <G h, g_i> of all samples at once.
 - All sifters are trained side by side, as one stacked network.
 - Losses are divided by log(classes), so that psi's input does not depend on how many there are.
 """
@@ -38,7 +38,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64, Shaped
 from torch import nn
-from torch.func import functional_call, jvp, stack_module_state
+from torch.autograd import forward_ad
+from torch.func import functional_call, stack_module_state
 from torch.nn import functional
 
 from tarsift.sifters.inputs import Inputs, as_inputs
@@ -77,7 +78,7 @@ class Sampler(nn.Sequential):
 class Stacked:
     """The same module several times, with weights of its own each, called side by side.
 
-    Convolutions on a CPU are called one after the other: grouped ones take half as long again there.
+    Convolutions on a CPU are called one after the other, with channels last: grouped ones take twice as long there.
     """
 
     def __init__(self, modules: list[nn.Module]) -> None:
@@ -91,7 +92,8 @@ class Stacked:
             return functional_call(self._shape, (parameters, buffers), (batch,))
 
         if batch.ndim > 3 and batch.device.type == "cpu":
-            return torch.stack([one(_part(parameters, i), _part(buffers, i), rows) for i, rows in enumerate(batch)])
+            last = [rows.contiguous(memory_format=torch.channels_last) for rows in batch]
+            return torch.stack([one(_part(parameters, i), _part(buffers, i), rows) for i, rows in enumerate(last)])
         return torch.vmap(one, randomness="different")(parameters, buffers, batch)
 
     def train(self, training: bool) -> None:
@@ -175,7 +177,7 @@ class _Team:
         rounds = _steps(config.epochs, len(inputs), min(config.batch_size, len(inputs)))
         faster = max(1.0, FULL_ROUNDS / rounds)
         self.classifier_steps = torch.optim.AdamW(
-            self.classifier.parameters.values(), lr=config.rate, betas=(0.9, 0.95), weight_decay=0.05
+            self.classifier.parameters.values(), lr=config.rate, betas=(0.9, 0.95), weight_decay=0.05, fused=True
         )
         self.weigher_steps = torch.optim.SGD(self.weigher.parameters.values(), lr=config.weight_rate * faster)
         gates = [p for sampler in self.samplers.values() for p in sampler.parameters.values()]
@@ -209,22 +211,18 @@ class _Team:
         batch, targets, theta = self._batch(rows), self.targets[rows], self.classifier.parameters
         losses = self._losses(theta, batch, targets)
         weighed_up = normalised(self._weights(losses.detach()))
-        total = (weighed_up.detach() * losses).sum()
-        step = dict(zip(theta, torch.autograd.grad(total, list(theta.values()), retain_graph=True), strict=True))
+        step, product = self._step(theta, batch, targets, losses, weighed_up.detach())
         gates = self._gates(step)
         alpha = self.config.virtual_rate
         ahead = {
-            name: (value - alpha * _along(gates.get(name), step[name])).detach().requires_grad_()
+            name: (value.detach() - alpha * _along(gates.get(name), step[name]).detach()).requires_grad_()
             for name, value in theta.items()
         }
         losses_ahead = self._losses(ahead, batch, targets, keep=False)
         weighed_down = normalised(1 - self._weights(losses_ahead.detach()))
-        objective = -(weighed_down * losses_ahead).sum()
-        slope = dict(zip(ahead, torch.autograd.grad(objective, list(ahead.values()), retain_graph=True), strict=True))
-        passed = {name: _along(gates.get(name), slope[name]).detach() for name in slope}
-        with torch.no_grad():
-            frozen = {name: value.detach() for name, value in theta.items()}
-            along: Any = jvp(lambda p: self._losses(p, batch, targets, keep=False), (frozen,), (passed,))[1]
+        objective = -(weighed_down.detach() * losses_ahead).sum()
+        slope = dict(zip(ahead, torch.autograd.grad(objective, list(ahead.values())), strict=True))
+        along = product({name: _along(gates.get(name), slope[name]).detach() for name in slope})
         direct = -(weighed_down * losses_ahead.detach()).sum()
         self._descend(self.weigher_steps, direct - alpha * (weighed_up * along).sum())
         if self.sampler_steps is not None:
@@ -233,6 +231,34 @@ class _Team:
         with torch.no_grad():
             again = normalised(self._weights(losses))
         self._descend(self.classifier_steps, (again * losses).sum())
+
+    def _step(
+        self,
+        theta: Parameters,
+        batch: torch.Tensor,
+        targets: Int64[torch.Tensor, "m b"],
+        losses: Float32[torch.Tensor, "m b"],
+        weights: Float32[torch.Tensor, "m b"],
+    ) -> tuple[Parameters, Callable[[Parameters], Float32[torch.Tensor, "m b"]]]:
+        """Return the gradient of the weighted losses, and what gives the product of a direction and each sample's.
+
+        That product is a derivative forward, along the direction, or a second one backward, of the gradient by the
+        weights. Both are exact. Backward takes a fifth less of a round for features, forward half for convolutions.
+        """
+        backward = batch.ndim == 3
+        weights.requires_grad_(backward)
+        total = (weights * losses).sum()
+        found = torch.autograd.grad(total, list(theta.values()), retain_graph=True, create_graph=backward)
+
+        def product(direction: Parameters) -> Float32[torch.Tensor, "m b"]:
+            if backward:
+                return torch.autograd.grad(found, weights, list(direction.values()), retain_graph=True)[0]
+            with torch.no_grad(), forward_ad.dual_level():
+                dual = {name: forward_ad.make_dual(theta[name].detach(), direction[name]) for name in theta}
+                along: Any = forward_ad.unpack_dual(self._losses(dual, batch, targets, keep=False))
+                return along.tangent
+
+        return dict(zip(theta, (each.detach() for each in found), strict=True)), product
 
     @property
     def _tensors(self) -> list[Parameters]:
@@ -322,7 +348,7 @@ class _Team:
     @staticmethod
     def _descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
         optimizer.zero_grad()
-        loss.backward(retain_graph=True)
+        loss.backward()
         optimizer.step()
 
 

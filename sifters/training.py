@@ -21,14 +21,13 @@ ROWS = 1024  # judged at a time
 class Learner:
     """A network and its optimiser: trained on some rows, it judges all.
 
-    On a GPU convolutions run in bfloat16 with channels last; losses, and what is judged by, are float32 everywhere.
+    Convolutions run with channels last, on a GPU in bfloat16; losses, and what is judged by, are float32 everywhere.
     """
 
     def __init__(self, net: nn.Module, inputs: Inputs, targets: Int64[torch.Tensor, " n"], config: FitConfig) -> None:
         self.on_gpu = inputs.device.type == "cuda"
         self.net = net.to(inputs.device)
-        if self.on_gpu:
-            self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.inputs, self.targets, self.config = inputs, targets, config
         self.optimizer = torch.optim.SGD(
             net.parameters(), lr=config.rate, momentum=config.momentum, weight_decay=config.weight_decay

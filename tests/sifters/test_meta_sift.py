@@ -34,6 +34,8 @@ def by_second_derivatives(team, rows, gates, psi):
     theta = {name: value[0].detach().requires_grad_() for name, value in team.classifier.parameters.items()}
     buffers = {name: value[0].clone() for name, value in team.classifier.buffers.items()}
     batch, targets = team.inputs.plain(rows[0]), team.targets[rows[0]]
+    if batch.ndim == 4:  # as the team has it: other kernels round otherwise
+        batch = batch.contiguous(memory_format=torch.channels_last)
     weigher = Weigher()
     weigher.load_state_dict({name: value[0].detach() for name, value in psi.items()})
 
