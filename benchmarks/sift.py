@@ -60,7 +60,7 @@ ABLATIONS: tuple[dict[str, Any], ...] = (  # of five sifters with dilution
 )  # fmt: skip
 FINAL_EPOCHS, WITNESS_EPOCHS = 20, 20
 TRIED: dict[str, tuple[dict[str, Any], ...]] = {
-    "meta_sift": ({}, {"epochs": 2}, {"rate": 3e-3}, {"weight_rate": 0.02}),
+    "meta_sift": ({}, {"rate": 3e-3}, {"rate": 1e-2}, {"epochs": 2}),
     "diluted_loss": ({}, {"diluted_epochs": 4}),
 }
 TINY: dict[str, dict[str, Any]] = {
