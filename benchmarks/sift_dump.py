@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("--sifter", nargs="*", default=SIFTERS)
     parser.add_argument("--corpus", nargs="*")
     parser.add_argument("--seed", type=int, nargs="*")
+    parser.add_argument("--rate", type=float, nargs="*")
     options = parser.parse_args()
     if options.part:
         require_data(parser, options)
@@ -191,6 +192,7 @@ def main() -> None:
             if cell.attack
             and (not options.corpus or cell.corpus in options.corpus)
             and (not options.seed or cell.seed in options.seed)
+            and (not options.rate or cell.rate in options.rate)
         ]
         done = Cells(options.results, code())
         jobs = [(cell, sifter, options.data, options.cache) for cell in chosen for sifter in options.sifter]
