@@ -51,6 +51,7 @@ SHARES = {"badnets": 1 / 3, "targeted_flip": 1 / 6}  # of what bears the target'
 SIZES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # of what is picked, as parts of the set
 SHOWN = (0.01, 0.02, 0.05)
 REMOVED = 0.1  # by methods that only rank
+BESIDE = ("doubt", "diluted_loss")  # details of Meta-Sift: what the paper ranks by, and what needs no weights
 SCENARIOS = (("dlbd_x", 0, 2, 1), ("dlbd_l", 1, 3, 2), ("dlbd_pixel", 3, 5, 3), ("dlbd_x", 7, 4, 4))  # and their seeds
 EPSILON = 0.1  # share of the source that is poisoned in these
 ISPL_ON_PICTURES = {"repeats": 1}  # a third of the published cost
@@ -60,8 +61,8 @@ ABLATIONS: tuple[dict[str, Any], ...] = (  # of five sifters with dilution
 )  # fmt: skip
 FINAL_EPOCHS, WITNESS_EPOCHS = 20, 20
 TRIED: dict[str, tuple[dict[str, Any], ...]] = {
-    "meta_sift": ({}, {"rate": 3e-3}, {"rate": 1e-2}, {"epochs": 2}),
-    "diluted_loss": ({}, {"diluted_epochs": 4}),
+    "meta_sift": ({}, {"warmup_epochs": 1}, {"weight_rate": 0.05}, {"rate": 1e-3}, {"dilutions": 1}),
+    "diluted_loss": ({}, {"diluted_epochs": 2}),
 }
 TINY: dict[str, dict[str, Any]] = {
     "meta_sift": {"batch_size": 4, "sifters": 2},
@@ -179,16 +180,23 @@ def sift(cell: Cell, x: np.ndarray, labels: np.ndarray) -> tuple[SiftResult, flo
     return result, sum(counts) / len(labels)
 
 
-def figures(result: SiftResult, made: PoisonedSet) -> dict[str, Any]:
-    """Measure a verdict: NCR by size, and mistakes."""
+def ncr(score: np.ndarray, made: PoisonedSet) -> dict[str, float]:
+    """Return by size how poisoned what is picked is, in percent of how poisoned the set is."""
     n, rate = len(made.poison), made.poison.mean()
-    picked = {size: clean_base_set(result.score, made.labels, round(size * n)) for size in SIZES}
+    picked = {size: clean_base_set(score, made.labels, round(size * n)) for size in SIZES}
+    return {f"{size:g}": round(100 * made.poison[rows].mean() / rate, 2) for size, rows in picked.items()}
+
+
+def figures(result: SiftResult, made: PoisonedSet) -> dict[str, Any]:
+    """Measure a verdict: NCR by size, of what else could be ranked by as well, and mistakes."""
+    n = len(made.poison)
     removed = np.zeros(n, bool)
     removed[np.argsort(-result.score, kind="stable")[: round(REMOVED * n)]] = True
     if result.kept is not None:
         removed = ~result.kept
     return {
-        "ncr": {f"{size:g}": round(100 * made.poison[rows].mean() / rate, 2) for size, rows in picked.items()},
+        "ncr": ncr(result.score, made),
+        "ncr_by": {name: ncr(result.details[name], made) for name in BESIDE if name in result.details},
         "false": int((removed & ~made.poison).sum()),
         "missed": int((~removed & made.poison).sum()),
     }

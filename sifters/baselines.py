@@ -153,8 +153,9 @@ def diluted_loss(given: LabelledSet, config: BaselineConfig) -> Float32[np.ndarr
     for _ in range(config.models):
         learner = given.fresh()
         learner.fit(given.rows, epochs=epochs, draw=given.draw)
-        total += learner.losses(given.rows, given.draw).cpu().numpy()
-    return total / config.models
+        for _ in range(config.dilutions):
+            total += learner.losses(given.rows, given.draw).cpu().numpy()
+    return total / (config.models * config.dilutions)
 
 
 BASELINES: dict[str, Callable[[LabelledSet, BaselineConfig], Float32[np.ndarray, " n"]]] = {

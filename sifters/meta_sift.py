@@ -11,8 +11,8 @@ weighs up. With the parameters of the classifier theta, losses L_i(theta), and b
     3. meta-update      psi descends on  -sum_i u_i L_i(theta'),  u = normalised 1 - psi(L(theta'))      (equation 11)
     4. actual update    theta descends on  sum_i v_i L_i(theta)  with the updated psi
 
-Several *sifters* learn so, differing in weights, order of samples and dilution. Then every sifter weighs a diluted copy
-of every sample; the mean weight decides. What is ranked cleanest is clean; of the other end the method says little.
+Several *sifters* learn so, differing in weights, order of samples and dilution. Then every sifter judges diluted copies
+of every sample; the mean rank decides. What is ranked cleanest is clean; of the other end the method says little.
 
 Where this differs from the released code, whose second step's gates are never trained, and whose psi begins with
 slopes of random sign and on small sets keeps them (it then prefers poison):
@@ -24,6 +24,8 @@ slopes of random sign and on small sets keeps them (it then prefers poison):
   -alpha sum_i (dv_i / dpsi) <G h, g_i>, and one product of derivatives gives <G h, g_i> of all samples at once.
 - All sifters are trained side by side, as one stacked network.
 - Losses are divided by log(classes), so that psi's input does not depend on how many there are.
+- What is averaged are ranks by loss (the mean of several diluted copies), not weights: these saturate, each sifter's at
+  other losses, so that their mean is the opinion of the one that is steepest where the others say the same of all.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64, Shaped
+from scipy.stats import rankdata
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, stack_module_state
@@ -119,9 +122,9 @@ def meta_sift(
     of these, of a run with the same arguments that was broken off. On a CPU the result is the same, bit for bit, as
     that of a run that was not.
 
-    Returns a result whose `score` is the mean over sifters of 1 - weight, 0 = clean to 1; select by `clean_base_set`,
-    which ranks within classes. `details`: `diluted_loss`, the mean loss of the same diluted copies, which is the
-    baseline it has to beat. `facts`: `sifters_left_out`.
+    Returns a result whose `score` is a sample's mean rank over sifters, 0 = clean to 1; select by `clean_base_set`,
+    which ranks within classes. `details`: `doubt`, the mean over sifters of 1 - weight, which the paper ranks by;
+    `diluted_loss`, the mean loss of the same diluted copies. `facts`: `sifters_left_out`.
 
     Raises:
         ValueError: shapes do not fit, there are fewer than two classes, or no sifter learned to prefer low losses.
@@ -141,15 +144,16 @@ def meta_sift(
             save(team.state(done))
         on_step(done, warmup + rounds)
     losses = team.judge()
-    doubt, falls = team.doubt(losses)
+    doubt, falls = team.weigh(losses)
     if not falls.any():
         raise ValueError(
             f"none of {config.sifters} sifters came to prefer low losses in {rounds} rounds: raise "
             "`epochs` or `weight_rate`, or use diluted_loss, which needs no training of weights."
         )
+    ranks = rankdata(losses[falls], axis=1) / len(labels)
     return SiftResult(
-        score=doubt[falls].mean(axis=0),
-        details={"diluted_loss": losses.mean(axis=0)},
+        score=ranks.mean(axis=0).astype(np.float32),
+        details={"doubt": doubt[falls].mean(axis=0), "diluted_loss": losses.mean(axis=0)},
         facts={"sifters_left_out": int((~falls).sum())},
     )
 
@@ -290,27 +294,28 @@ class _Team:
 
     @torch.no_grad()
     def judge(self) -> Float32[np.ndarray, "m n"]:
-        """Return every sifter's loss of its own diluted copy of each sample."""
+        """Return every sifter's mean loss of its own diluted copies of each sample."""
         self.classifier.train(False)
         n, m = len(self.inputs), self.config.sifters
-        out = np.empty((m, n), np.float32)
+        copies = self.config.dilutions if self.config.diluted else 1
+        out = np.zeros((m, n), np.float32)
         for start in range(0, n, 512):
             rows = torch.arange(start, min(n, start + 512), device=self.inputs.device).expand(m, -1)
-            batch = self._batch(rows, diluted=self.config.diluted)
-            out[:, start : start + rows.shape[1]] = self._losses(
-                self.classifier.parameters, batch, self.targets[rows]
-            ).cpu()
+            for _ in range(copies):
+                batch = self._batch(rows, diluted=self.config.diluted)
+                losses = self._losses(self.classifier.parameters, batch, self.targets[rows])
+                out[:, start : start + rows.shape[1]] += losses.cpu().numpy() / copies
         self.classifier.train(True)
         return out
 
     @torch.no_grad()
-    def doubt(self, losses: Float32[np.ndarray, "m n"]) -> tuple[Float32[np.ndarray, "m n"], np.ndarray]:
+    def weigh(self, losses: Float32[np.ndarray, "m n"]) -> tuple[Float32[np.ndarray, "m n"], np.ndarray]:
         """Return 1 - weight of every sample by every sifter, and which sifters' weights fall as losses rise."""
         device = self.inputs.device
         ends = torch.from_numpy(np.quantile(losses, (0.05, 0.95), axis=1).T.astype(np.float32)).to(device)
         low, high = (self._weights(ends)[:, i].cpu().numpy() for i in range(2))
-        given = self._logits(torch.from_numpy(losses).to(device)).double()
-        return torch.sigmoid(-given).float().cpu().numpy(), high < low
+        given = self._logits(torch.from_numpy(losses).to(device))
+        return torch.sigmoid(-given).cpu().numpy(), high < low
 
     def _batch(self, rows: Int64[torch.Tensor, "m b"], *, diluted: bool = False) -> torch.Tensor:
         flat = rows.reshape(-1)

@@ -36,23 +36,27 @@ class FitConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 class MetaSiftConfig(BaseModel, frozen=True, extra="forbid"):
-    """Settings of Meta-Sift; rates are those of the released code but for `virtual_rate` and `weight_rate`."""
+    """Settings of Meta-Sift: those of the paper and its code but for what was chosen for smaller sets.
+
+    These are a longer warm-up, a higher `rate`, a `weight_rate` that saturates no weights, and several `dilutions`.
+    """
 
     network: str | None = Field(default=None, description="in NETWORKS; None = `head` or `small-cnn`, by the input")
     sifters: int = Field(default=5, ge=1, description="independent sifters, m")
-    warmup_epochs: int = Field(default=1, ge=0, description="epochs of plain training, of 40 steps at least; 0 = none")
+    warmup_epochs: int = Field(default=5, ge=0, description="epochs of plain training, of 40 steps at least; 0 = none")
     epochs: int = Field(default=1, ge=1, description="epochs of rounds, 40 rounds at least")
     batch_size: int = Field(default=128, ge=2, description="samples of a round; a smaller set is one batch")
-    rate: float = Field(default=1e-3, gt=0, description="AdamW's rate for the classifier")
+    rate: float = Field(default=3e-3, gt=0, description="AdamW's rate for the classifier")
     virtual_rate: float = Field(default=0.1, gt=0, description="alpha: rate of the virtual update")
     weight_rate: float = Field(
-        default=0.05, gt=0, description="rate of psi over 390 rounds; more where there are fewer"
+        default=0.005, gt=0, description="rate of psi over 390 rounds; more where there are fewer"
     )
     sampler_rate: float = Field(default=0.1, gt=0, description="rate of the gradient samplers")
     sampled: int = Field(
         default=13, ge=0, description="parameters with a sampler, before the last layer, which has none"
     )
     diluted: bool = Field(default=True, description="judge diluted copies; off only to show what dilution is worth")
+    dilutions: int = Field(default=4, ge=1, description="diluted copies of a sample that each sifter judges")
 
 
 class IsplConfig(BaseModel, frozen=True, extra="forbid"):
@@ -83,7 +87,8 @@ class BaselineConfig(BaseModel, frozen=True, extra="forbid"):
     epochs: int = Field(default=20, ge=1, description="of the model whose features, losses or inputs are looked at")
     early_epochs: int = Field(default=5, ge=1, description="loss_scan: epochs whose losses count")
     models: int = Field(default=5, ge=1, description="diluted_loss: models whose losses are averaged")
-    diluted_epochs: int = Field(default=2, ge=1, description="diluted_loss: epochs of each, 80 steps at least")
+    diluted_epochs: int = Field(default=8, ge=1, description="diluted_loss: epochs of each, 80 steps at least")
+    dilutions: int = Field(default=4, ge=1, description="diluted_loss: diluted copies of a sample that each judges")
     keep: float = Field(default=0.95, gt=0, le=1, description="itlm: part of the samples that each round keeps")
     trims: int = Field(default=4, ge=1, description="itlm: rounds")
     clusters_of: int = Field(default=10, ge=1, description="activation_clustering: principal components")

