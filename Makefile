@@ -28,7 +28,7 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
 
 slow: setup
-	$(BIN)/python -m pytest -m slow -n 3 --dist loadfile --durations 15
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --durations 15
 
 check: setup
 	$(BIN)/ruff check .
