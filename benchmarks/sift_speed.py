@@ -47,7 +47,7 @@ class Plain(module.Stacked):
     """A single module, called as it is."""
 
     def __call__(self, parameters: module.Parameters, buffers: module.Parameters, batch: torch.Tensor) -> torch.Tensor:
-        own = tuple({name: value[0] for name, value in tensors.items()} for tensors in (parameters, buffers))
+        own = (module._part(parameters, 0), module._part(buffers, 0))
         return functional_call(self._shape, own, (batch[0],))[None]
 
 
