@@ -117,8 +117,8 @@ def tuning_cells() -> list[Cell]:
         cell
         for method, tried in TRIED.items()
         for settings in tried
-        for samples in (SAMPLES, FEWER)
-        for cell in protocol(method, TUNING_SEEDS, samples=samples, settings=settings)
+        for samples, witness_epochs in ((SAMPLES, 0), (FEWER, 0), (FEWER, WITNESS_EPOCHS))
+        for cell in protocol(method, TUNING_SEEDS, samples=samples, settings=settings, witness_epochs=witness_epochs)
     ]
 
 

@@ -18,12 +18,15 @@ Where this differs from the released code, whose second step's gates are never t
 slopes of random sign and on small sets keeps them (it then prefers poison):
 
 - psi begins as the same weight for every sample, as the paper says, so that the first step decides its slope; its step
-  is scaled to the number of rounds; a sifter whose psi still rises with the loss is left out, and counted.
+  is scaled to the number of rounds; a sifter whose psi still rises with the loss is left out, and counted. Where all is
+  learned by heart psi stays flat: that sifter was trained plainly, and its losses count.
 - The virtual update has a rate of its own.
 - 3 is not differentiated through 1: with h the gradient of 3's objective at theta', the derivative is
   -alpha sum_i (dv_i / dpsi) <G h, g_i>, and one product of derivatives gives <G h, g_i> of all samples at once.
 - All sifters are trained side by side, as one stacked network.
 - Losses are divided by log(classes), so that psi's input does not depend on how many there are.
+- Of features all views are trained on, where there are several, not the plain one alone, as of pictures: a head that
+  learns one view by heart learns the poison with it, and first.
 - What is averaged are ranks by loss (the mean of several diluted copies), not weights: these saturate, each sifter's at
   other losses, so that their mean is the opinion of the one that is steepest where the others say the same of all.
 """
@@ -45,7 +48,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, stack_module_state
 from torch.nn import functional
 
-from tarsift.sifters.inputs import Inputs, as_inputs
+from tarsift.sifters.inputs import Features, Inputs, as_inputs
 from tarsift.sifters.networks import build_network
 from tarsift.sifters.result import SiftResult, State, check_labels
 from tarsift.sifters.settings import MetaSiftConfig
@@ -124,10 +127,11 @@ def meta_sift(
 
     Returns a result whose `score` is a sample's mean rank over sifters, 0 = clean to 1; select by `clean_base_set`,
     which ranks within classes. `details`: `doubt`, the mean over sifters of 1 - weight, which the paper ranks by;
-    `diluted_loss`, the mean loss of the same diluted copies. `facts`: `sifters_left_out`.
+    `diluted_loss`, the mean loss of the same diluted copies. `facts`: `sifters_left_out`, which came to prefer high
+    losses, and `sifters_undecided`, which weigh all losses alike.
 
     Raises:
-        ValueError: shapes do not fit, there are fewer than two classes, or no sifter learned to prefer low losses.
+        ValueError: shapes do not fit, there are fewer than two classes, or all sifters came to prefer high losses.
     """
     config = config or MetaSiftConfig()
     inputs = as_inputs(images, device)
@@ -144,17 +148,18 @@ def meta_sift(
             save(team.state(done))
         on_step(done, warmup + rounds)
     losses = team.judge()
-    doubt, falls = team.weigh(losses)
-    if not falls.any():
+    doubt, slopes = team.weigh(losses)
+    counted = slopes <= 0
+    if not counted.any():
         raise ValueError(
-            f"none of {config.sifters} sifters came to prefer low losses in {rounds} rounds: raise "
+            f"all of {config.sifters} sifters came to prefer high losses in {rounds} rounds: raise "
             "`epochs` or `weight_rate`, or use diluted_loss, which needs no training of weights."
         )
-    ranks = rankdata(losses[falls], axis=1) / len(labels)
+    ranks = rankdata(losses[counted], axis=1) / len(labels)
     return SiftResult(
         score=ranks.mean(axis=0).astype(np.float32),
-        details={"doubt": doubt[falls].mean(axis=0), "diluted_loss": losses.mean(axis=0)},
-        facts={"sifters_left_out": int((~falls).sum())},
+        details={"doubt": doubt[counted].mean(axis=0), "diluted_loss": losses.mean(axis=0)},
+        facts={"sifters_left_out": int((~counted).sum()), "sifters_undecided": int((slopes == 0).sum())},
     )
 
 
@@ -310,16 +315,21 @@ class _Team:
 
     @torch.no_grad()
     def weigh(self, losses: Float32[np.ndarray, "m n"]) -> tuple[Float32[np.ndarray, "m n"], np.ndarray]:
-        """Return 1 - weight of every sample by every sifter, and which sifters' weights fall as losses rise."""
+        """Return 1 - weight of every sample by every sifter, and (m,) by how much its logits rise with the loss."""
         device = self.inputs.device
         ends = torch.from_numpy(np.quantile(losses, (0.05, 0.95), axis=1).T.astype(np.float32)).to(device)
-        low, high = (self._weights(ends)[:, i].cpu().numpy() for i in range(2))
+        low, high = self._logits(ends).T.cpu().numpy()  # of weights that saturate, too, these differ
         given = self._logits(torch.from_numpy(losses).to(device))
-        return torch.sigmoid(-given).cpu().numpy(), high < low
+        return torch.sigmoid(-given).cpu().numpy(), high - low
 
     def _batch(self, rows: Int64[torch.Tensor, "m b"], *, diluted: bool = False) -> torch.Tensor:
         flat = rows.reshape(-1)
-        batch = self.inputs.diluted(flat, self.draw) if diluted else self.inputs.plain(flat)
+        if diluted:
+            batch = self.inputs.diluted(flat, self.draw)
+        elif isinstance(self.inputs, Features):
+            batch = self.inputs.augmented(flat, self.draw)
+        else:
+            batch = self.inputs.plain(flat)
         return batch.reshape(*rows.shape, *batch.shape[1:])
 
     def _losses(
