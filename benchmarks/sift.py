@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from measuring import RESULTS, ROOT, Cells
 from sift_sets import NETWORK, SAMPLES, Cell, code_digest, labelled, poisoned, read_pictures, shown
+from torch.nn import functional
 
 from tarsift.sifters.attacks import PoisonedSet
 from tarsift.sifters.baselines import BASELINES, BaselineConfig, sift_by
@@ -52,14 +53,16 @@ SIZES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # of what is picked, as p
 SHOWN = (0.01, 0.02, 0.05)
 REMOVED = 0.1  # by methods that only rank
 BESIDE = ("doubt", "diluted_loss")  # details of Meta-Sift: what the paper ranks by, and what needs no weights
-SCENARIOS = (("dlbd_x", 0, 2, 1), ("dlbd_l", 1, 3, 2), ("dlbd_pixel", 3, 5, 3), ("dlbd_x", 7, 4, 4))  # and their seeds
+SCENARIOS = (  # and their seeds; of a hundred pictures this network learns neither the pixel nor the L
+    ("dlbd_x", 0, 2, 1), ("dlbd_x", 8, 6, 2), ("dlbd_x", 9, 2, 3), ("dlbd_x", 1, 3, 4)
+)  # fmt: skip
 EPSILON = 0.1  # share of the source that is poisoned in these
 ISPL_ON_PICTURES = {"repeats": 1}  # a third of the published cost
 ABLATIONS: tuple[dict[str, Any], ...] = (  # of five sifters with dilution
     {}, {"sifters": 3}, {"sifters": 1}, {"diluted": False}, {"sifters": 3, "diluted": False},
     {"sifters": 1, "diluted": False},
 )  # fmt: skip
-FINAL_EPOCHS, WITNESS_EPOCHS = 20, 20
+FINAL_EPOCHS, FINAL_RATE, WITNESS_EPOCHS = 30, 0.1, 20
 TRIED: dict[str, tuple[dict[str, Any], ...]] = {
     "meta_sift": ({}, {"warmup_epochs": 1}, {"weight_rate": 0.05}, {"rate": 1e-3}, {"dilutions": 1}),
     "diluted_loss": ({}, {"diluted_epochs": 2}),
@@ -205,14 +208,24 @@ def figures(result: SiftResult, made: PoisonedSet) -> dict[str, Any]:
 def after_training(cell: Cell, made: PoisonedSet, kept: np.ndarray, data: Path) -> dict[str, float]:
     """Train on the rows that are kept, for as many steps as on all, and measure accuracy and attack success.
 
-    An epoch goes through the rows in random order and begins anew until it has as many as the set; where nothing is
-    kept, nothing is learned.
+    Pictures are neither mirrored nor shifted: of those that are, this network learns no small shape from a hundred. An
+    epoch goes through the rows in random order and begins anew until it has as many as the set; where nothing is kept,
+    nothing is learned.
     """
     given = labelled(made.images, made.labels, cell)
     learner, rows = given.fresh(), torch.from_numpy(np.flatnonzero(kept))
+    batch = learner.config.batch_size
+    rates = torch.optim.lr_scheduler.OneCycleLR(
+        learner.optimizer, FINAL_RATE, total_steps=1 + cell.final_epochs * -(-len(given.rows) // batch)
+    )
     for _ in range(cell.final_epochs if len(rows) else 0):
         order = rows[torch.randperm(len(rows), generator=given.draw)]
-        learner.fit(order[torch.arange(len(given.rows)) % len(order)], epochs=1, draw=given.draw)
+        for part in order[torch.arange(len(given.rows)) % len(order)].split(batch):
+            loss = functional.cross_entropy(learner(given.inputs.plain(part)), given.targets[part])
+            learner.optimizer.zero_grad()
+            loss.backward()
+            learner.optimizer.step()
+            rates.step()
     images, labels = read_pictures(sorted((data / "cifar10-test").glob("*.tar.gz")), cell.samples)
     assert made.trigger is not None
     plain, triggered = (guesses(learner, pictures) for pictures in (images, made.trigger(images)))
