@@ -53,7 +53,7 @@ SIZES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # of what is picked, as p
 SHOWN = (0.01, 0.02, 0.05)
 REMOVED = 0.1  # by methods that only rank
 BESIDE = ("doubt", "diluted_loss")  # details of Meta-Sift: what the paper ranks by, and what needs no weights
-SCENARIOS = (  # and their seeds; of a hundred pictures this network learns neither the pixel nor the L
+SCENARIOS = (  # and their seeds; this network does not learn the L from a hundred pictures
     ("dlbd_x", 0, 2, 1), ("dlbd_x", 8, 6, 2), ("dlbd_x", 9, 2, 3), ("dlbd_x", 1, 3, 4)
 )  # fmt: skip
 EPSILON = 0.1  # share of the source that is poisoned in these
