@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 from measuring import RESULTS, ROOT, Cells
-from sift_sets import NETWORK, SAMPLES, Cell, code_digest, labelled, poisoned, read_pictures, shown
+from sift_sets import NETWORK, SAMPLES, Cell, code_digest, labelled, poisoned, read_pictures, shown, victim
 from torch.nn import functional
 
 from tarsift.sifters.attacks import PoisonedSet
@@ -44,6 +44,7 @@ from tarsift.sifters.inputs import Pixels
 from tarsift.sifters.ispl import IsplConfig, ispl
 from tarsift.sifters.meta_sift import MetaSiftConfig, meta_sift
 from tarsift.sifters.result import SiftResult, clean_base_set
+from tarsift.sifters.settings import FitConfig
 from tarsift.sifters.training import Learner
 
 SEEDS, TUNING_SEEDS = (1, 2, 3), (0, 5)
@@ -53,8 +54,8 @@ SIZES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # of what is picked, as p
 SHOWN = (0.01, 0.02, 0.05)
 REMOVED = 0.1  # by methods that only rank
 BESIDE = ("doubt", "diluted_loss")  # details of Meta-Sift: what the paper ranks by, and what needs no weights
-SCENARIOS = (  # and their seeds; this network does not learn the L from a hundred pictures
-    ("dlbd_x", 0, 2, 1), ("dlbd_x", 8, 6, 2), ("dlbd_x", 9, 2, 3), ("dlbd_x", 1, 3, 4)
+SCENARIOS = (  # and their seeds; of the paper's pairs of classes those that are mistaken least without a trigger
+    ("dlbd_x", 0, 2, 1), ("dlbd_l", 1, 3, 2), ("dlbd_pixel", 9, 2, 3), ("dlbd_x", 8, 6, 4)
 )  # fmt: skip
 EPSILON = 0.1  # share of the source that is poisoned in these
 ISPL_ON_PICTURES = {"repeats": 1}  # a third of the published cost
@@ -62,7 +63,7 @@ ABLATIONS: tuple[dict[str, Any], ...] = (  # of five sifters with dilution
     {}, {"sifters": 3}, {"sifters": 1}, {"diluted": False}, {"sifters": 3, "diluted": False},
     {"sifters": 1, "diluted": False},
 )  # fmt: skip
-FINAL_EPOCHS, FINAL_RATE, WITNESS_EPOCHS = 30, 0.1, 20
+FINAL_EPOCHS, FINAL_RATE, WITNESS_EPOCHS = 20, 0.1, 20
 TRIED: dict[str, tuple[dict[str, Any], ...]] = {
     "meta_sift": ({}, {"warmup_epochs": 1}, {"weight_rate": 0.05}, {"rate": 1e-3}, {"dilutions": 1}),
     "diluted_loss": ({}, {"diluted_epochs": 2}),
@@ -206,15 +207,14 @@ def figures(result: SiftResult, made: PoisonedSet) -> dict[str, Any]:
 
 
 def after_training(cell: Cell, made: PoisonedSet, kept: np.ndarray, data: Path) -> dict[str, float]:
-    """Train on the rows that are kept, for as many steps as on all, and measure accuracy and attack success.
+    """Train a `victim` on the rows that are kept, as many steps as on all, and measure accuracy and attack success.
 
-    Pictures are neither mirrored nor shifted: of those that are, this network learns no small shape from a hundred. An
-    epoch goes through the rows in random order and begins anew until it has as many as the set; where nothing is kept,
-    nothing is learned.
+    An epoch goes through the rows in random order and begins anew until it has as many as the set; where nothing is
+    kept, nothing is learned.
     """
     given = labelled(made.images, made.labels, cell)
-    learner, rows = given.fresh(), torch.from_numpy(np.flatnonzero(kept))
-    batch = learner.config.batch_size
+    learner = Learner(victim(given.classes, cell.seed), given.inputs, given.targets, FitConfig())
+    rows, batch = torch.from_numpy(np.flatnonzero(kept)), learner.config.batch_size
     rates = torch.optim.lr_scheduler.OneCycleLR(
         learner.optimizer, FINAL_RATE, total_steps=1 + cell.final_epochs * -(-len(given.rows) // batch)
     )

@@ -25,7 +25,7 @@ from tarsift.sifters.inputs import as_inputs
 from tarsift.sifters.settings import FitConfig, IsplConfig
 from tarsift.sifters.training import LabelledSet
 
-NETWORK = "tiny-cnn"  # on pictures: of sifters, witnesses, and the models that are trained on what is kept
+NETWORK = "tiny-cnn"  # on pictures: of sifters and witnesses
 SAMPLES = 10_000
 CAT, DOG = 3, 5  # source and target of Meta-Sift's attacks
 DILUTED_VIEWS = 3
@@ -98,6 +98,24 @@ def pictures_of_seed(seed: int, samples: int, data: Path) -> tuple[np.ndarray, n
 def labelled(images: np.ndarray, labels: np.ndarray, cell: Cell) -> LabelledSet:
     """Return a set that `NETWORK` is trained on."""
     return LabelledSet(images, labels, network=NETWORK, fit=FitConfig(), seed=cell.seed, device="cpu")
+
+
+def victim(classes: int, seed: int) -> nn.Sequential:
+    """Return the network that is trained on what is kept: of a hundred pictures it learns a trigger of a few pixels.
+
+    Its last layer knows where in the picture something is. Networks that average over the picture, as `NETWORK` and
+    `small-cnn` do, did not learn small shapes from as few, and there was nothing to defend against.
+    """
+
+    def block(before: int, after: int) -> list[nn.Module]:
+        return [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            *block(3, 16), *block(16, 16), nn.MaxPool2d(2), *block(16, 32), *block(32, 32), nn.MaxPool2d(2),
+            *block(32, 64), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64 * 4 * 4, classes),
+        )  # fmt: skip
 
 
 def witness_of(cell: Cell, data: Path, cache: Path) -> nn.Module:
