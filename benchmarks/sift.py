@@ -11,7 +11,8 @@ sifters/ and of this file) is not run again.
     python benchmarks/sift.py --table                         # what is there
 
 `--data` is the folder with `cifar10-train` and `cifar10-test` as WebDataset shards; a set (see sift_sets.py) is 10,000
-pictures, or 5,000. Sifters train `tiny-cnn` on pictures or, where it says so, `head` on frozen features of a witness.
+pictures, 5,000, or, for ISPL's scenarios, 25,000. Sifters train `tiny-cnn` on pictures or, where it says so, `head` on
+frozen features of a witness.
 
 NCR = 100 * share of poison among what is picked / share of poison in the set: 0 is pure, 100 is random. Picked are the
 least suspicious of each class. `false` and `missed`: clean samples that are removed and poison that is not, removed
@@ -48,7 +49,7 @@ from tarsift.sifters.settings import FitConfig
 from tarsift.sifters.training import Learner
 
 SEEDS, TUNING_SEEDS = (1, 2, 3), (0, 5)
-FEWER, TINY_SAMPLES = 5_000, 150
+MORE, FEWER, TINY_SAMPLES = 25_000, 5_000, 150  # of 10,000 a few pixels are not learned, and nothing is to defend
 SHARES = {"badnets": 1 / 3, "targeted_flip": 1 / 6}  # of what bears the target's label afterwards: 5 % and 2 % of all
 SIZES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # of what is picked, as parts of the set
 SHOWN = (0.01, 0.02, 0.05)
@@ -63,7 +64,7 @@ ABLATIONS: tuple[dict[str, Any], ...] = (  # of five sifters with dilution
     {}, {"sifters": 3}, {"sifters": 1}, {"diluted": False}, {"sifters": 3, "diluted": False},
     {"sifters": 1, "diluted": False},
 )  # fmt: skip
-FINAL_EPOCHS, FINAL_RATE, WITNESS_EPOCHS = 20, 0.1, 20
+FINAL_EPOCHS, FINAL_RATE, WITNESS_EPOCHS = 15, 0.1, 20
 TRIED: dict[str, tuple[dict[str, Any], ...]] = {
     "meta_sift": ({}, {"warmup_epochs": 1}, {"weight_rate": 0.05}, {"rate": 1e-3}, {"dilutions": 1}),
     "diluted_loss": ({}, {"diluted_epochs": 2}),
@@ -103,7 +104,9 @@ def sizes_cells() -> list[Cell]:
 def ispl_cells() -> list[Cell]:
     out = []
     for place, (attack, source, target, seed) in enumerate(SCENARIOS):
-        scenario = Cell("none", attack, EPSILON, seed, source=source, target=target, final_epochs=FINAL_EPOCHS)
+        scenario = Cell(
+            "none", attack, EPSILON, seed, samples=MORE, source=source, target=target, final_epochs=FINAL_EPOCHS
+        )
         on_features = replace(scenario, witness_epochs=WITNESS_EPOCHS)
         out += [
             scenario,

@@ -29,7 +29,7 @@ NETWORK = "tiny-cnn"  # on pictures: of sifters and witnesses
 SAMPLES = 10_000
 CAT, DOG = 3, 5  # source and target of Meta-Sift's attacks
 DILUTED_VIEWS = 3
-SHARDS_PER_SEED = 10
+SHARDS_PER_SEED, SHARD_SAMPLES = 10, 1000
 MODULES = (  # of sifters/, that a cell depends on
     "attacks", "baselines", "inputs", "ispl", "meta_sift", "networks", "perturbations", "result", "settings",
     "training", "triggers",
@@ -85,14 +85,18 @@ def read_pictures(shards: list[Path], most: int) -> tuple[np.ndarray, np.ndarray
 
 def training_set(cell: Cell, data: Path, *, other: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Return the cell's pictures and classes; other: as many that are not among them, for the witness."""
-    return pictures_of_seed(cell.seed + other, cell.samples, data)
+    behind = max(SHARDS_PER_SEED, -(-cell.samples // SHARD_SAMPLES)) if other else 0
+    return pictures_of_seed(cell.seed, cell.samples, data, behind=behind)
 
 
-def pictures_of_seed(seed: int, samples: int, data: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return training pictures of CIFAR-10 and their classes, other ones for every seed."""
+def pictures_of_seed(seed: int, samples: int, data: Path, *, behind: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return training pictures of CIFAR-10 and their classes, other ones for every seed; behind: shards passed over.
+
+    Up to 10,000 those of neighbouring seeds have none in common.
+    """
     shards = sorted((data / "cifar10-train").glob("*.tar.gz"))
-    first = seed * SHARDS_PER_SEED
-    return read_pictures([shards[(first + i) % len(shards)] for i in range(SHARDS_PER_SEED)], samples)
+    first = seed * SHARDS_PER_SEED + behind
+    return read_pictures([shards[(first + i) % len(shards)] for i in range(len(shards))], samples)
 
 
 def labelled(images: np.ndarray, labels: np.ndarray, cell: Cell) -> LabelledSet:
@@ -101,7 +105,7 @@ def labelled(images: np.ndarray, labels: np.ndarray, cell: Cell) -> LabelledSet:
 
 
 def victim(classes: int, seed: int) -> nn.Sequential:
-    """Return the network that is trained on what is kept: of a hundred pictures it learns a trigger of a few pixels.
+    """Return the network that is trained on what is kept: it learns a trigger of a few pixels from a few hundred.
 
     Its last layer knows where in the picture something is. Networks that average over the picture, as `NETWORK` and
     `small-cnn` do, did not learn small shapes from as few, and there was nothing to defend against.
