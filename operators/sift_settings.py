@@ -40,7 +40,7 @@ class SiftConfig(BaseModel, frozen=True, extra="forbid"):
     )
     picture_size: int = Field(default=32, ge=16, description="pixels of a side, for networks on pictures")
     memory_gb: float = Field(default=4.0, gt=0, description="that the samples of a problem may take in a job")
-    weight: float = Field(default=1.0, ge=0, description="of a sifter's verdict in `suspicion_sifted`")
+    weight: float = Field(default=0.5, ge=0, description="of a sifter's verdict in `suspicion_sifted`")
     seed: int = Field(default=0, description="of all that is random")
     routing: RoutingConfig = RoutingConfig()
     method: SifterConfig = SifterConfig()
