@@ -55,7 +55,7 @@ SIZES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # of what is picked, as p
 SHOWN = (0.01, 0.02, 0.05)
 REMOVED = 0.1  # by methods that only rank
 BESIDE = ("doubt", "diluted_loss")  # details of Meta-Sift: what the paper ranks by, and what needs no weights
-SCENARIOS = (  # and their seeds; of the paper's pairs of classes those that are mistaken least without a trigger
+SCENARIOS = (  # and their seeds; of the paper's eight pairs none as alike as cat and dog, or horse and deer
     ("dlbd_x", 0, 2, 1), ("dlbd_l", 1, 3, 2), ("dlbd_pixel", 9, 2, 3), ("dlbd_x", 8, 6, 4)
 )  # fmt: skip
 EPSILON = 0.1  # share of the source that is poisoned in these

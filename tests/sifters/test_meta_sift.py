@@ -202,7 +202,9 @@ def test_normalised_rows_add_up_to_one_unless_there_is_nothing():
 def test_a_set_smaller_than_a_batch_is_one_batch(n):
     images, labels, _ = planted(n, views=1)
     labels[:2] = (0, 1)
-    assert len(np.unique(meta_sift(images, labels).score)) > 1
+    score = meta_sift(images, labels).score
+    assert len(score) == n
+    assert len(np.unique(score)) > 1
 
 
 def test_what_is_learned_by_heart_is_ranked_by_its_diluted_loss():
