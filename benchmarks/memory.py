@@ -35,8 +35,7 @@ MB = 1 << 20
 
 def make_encoder(path: Path, dump: Path) -> None:
     """Write a small encoder with 512-d embeddings and random weights, said to be trained on a dump."""
-    from tarsift.operators.checkpoints import save_checkpoint
-    from tarsift.operators.models import build_model, model_config
+    from tarsift.operators.models import build_model, model_config, save_checkpoint
 
     config = {**model_config("tiny"), "embed_dim": 512}
     shards = {shard.name: hashlib.sha256(shard.read_bytes()).hexdigest() for shard in dump.iterdir()}

@@ -41,9 +41,8 @@ from tarsift.clip_detect import metrics
 from tarsift.clip_detect.neighbors import unit_norm
 from tarsift.clip_detect.suspicion import suspicion
 from tarsift.clip_detect.triggers import ATTACKS
-from tarsift.operators.checkpoints import save_checkpoint
 from tarsift.operators.decoding import ImageConfig
-from tarsift.operators.models import LoadedEncoder, build_model, load_encoder
+from tarsift.operators.models import LoadedEncoder, build_model, load_encoder, save_checkpoint
 from tarsift.operators.planting import poison_images
 from tarsift.operators.poison import PoisonConfig
 from tarsift.operators.repair_settings import RepairConfig

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,47 +71,6 @@ class Checkpoint:
         """Optimiser steps of this and all trainings before, None where one of them is not known."""
         before = self.base.steps if self.base else 0
         return None if before is None else before + self.steps
-
-
-def save_checkpoint(
-    url: str | Path,
-    model: torch.nn.Module,
-    *,
-    config: Mapping[str, Any],
-    shards: Mapping[str, str],
-    steps: int,
-    samples: int,
-    seed: int,
-    extra: Mapping[str, Any] | None = None,
-    base: Base | None = None,
-) -> None:
-    """Write an encoder file that says what it is and what it was trained on.
-
-    Args:
-        url: where to, any fsspec URL.
-        model: its weights are kept in the precision they have.
-        config: the model's JSON config.
-        shards: name and SHA-256 of every shard file that this training saw.
-        steps: optimiser steps it took.
-        samples: image-text pairs it saw, repeats included.
-        seed: of weights and order.
-        extra: more to record; plain types.
-        base: what the weights had been before, if not random.
-    """
-    content = {
-        "format": CHECKPOINT_FORMAT,
-        "version": CHECKPOINT_VERSION,
-        "config": dict(config),
-        "state_dict": {k: v.detach().to("cpu").contiguous().clone() for k, v in model.state_dict().items()},
-        "shards": dict(shards),
-        "steps": steps,
-        "samples": samples,
-        "seed": seed,
-        "extra": dict(extra or {}),
-        "base": None if base is None else asdict(base),
-    }
-    with storage.open_write(str(url)) as file:
-        torch.save(content, file)
 
 
 def load_checkpoint(url: str | Path) -> Checkpoint:
@@ -207,3 +167,13 @@ def load_weights(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor],
         ]
         raise UsageError(f"the weights in {where} belong to another architecture: {'; '.join(parts)}.")
     model.load_state_dict(state_dict)
+
+
+def state_sha256(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """Return the digest of a state dict, as `weights_sha256` does for a model."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state_dict.items()):
+        value = value.detach().to("cpu").contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

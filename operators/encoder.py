@@ -11,15 +11,17 @@ import torch
 from jaxtyping import Bool, Float, Float32, UInt8
 from pydantic import ValidationError
 
+from tarsift.operators import storage
+from tarsift.operators.checkpoints import load_checkpoint, state_sha256
 from tarsift.operators.dilution import dilute
-from tarsift.operators.encoder_settings import EncoderConfig, EncoderInfo
+from tarsift.operators.encoder_settings import EncoderConfig, EncoderInfo, rgb, split_spec
 from tarsift.operators.errors import ChangedError, ConfigError, TarsiftError, UsageError
 from tarsift.operators.images import DecodeImages
 from tarsift.operators.imported import folder_of, imported_info, open_folder
-from tarsift.operators.models import LoadedEncoder, load_encoder
 from tarsift.operators.regime import Regime, encoder_regime
 from tarsift.operators.schema import append, as_table, fixed_size_list, matrix
 from tarsift.operators.towers import (
+    LoadedEncoder,
     choose_device,
     cosines,
     encode_captions,
@@ -31,16 +33,52 @@ __all__ = ["ClipEncoder", "EncoderConfig", "EncoderInfo", "Regime", "encoder_inf
 
 
 def encoder_info(spec: str) -> EncoderInfo:
-    """Describe an encoder: it is loaded once on the CPU, for its digest and sizes, and let go.
+    """Describe an encoder: its weights' digest, its sizes, what it was trained on.
 
-    Of `embeddings:FOLDER` only the folder is looked at; see `tarsift.operators.imported`.
+    An encoder file of tarsift's own says all of it. Any other encoder is loaded once on the CPU and let go. Of
+    `embeddings:FOLDER` only the folder is looked at; see `tarsift.operators.imported`.
 
     Raises:
         UsageError: if the model, the tag or the file does not exist, or they do not fit together.
         TarsiftError: if the file is damaged or holds more than tensors.
     """
     folder = folder_of(spec)
-    return info_of(load_encoder(spec)) if folder is None else imported_info(open_folder(folder))
+    if folder is not None:
+        return imported_info(open_folder(folder))
+    written = _info_in_file(spec)
+    if written is not None:
+        return written
+    from tarsift.operators.models import load_encoder  # with open_clip, which takes seconds to load
+
+    return info_of(load_encoder(spec))
+
+
+def _info_in_file(spec: str) -> EncoderInfo | None:
+    """Describe an encoder file as it does itself; None if it says too little, or is none."""
+    if not spec.endswith(".pt") or split_spec(spec)[1] is not None or not storage.exists(spec):
+        return None
+    checkpoint = load_checkpoint(spec)
+    try:
+        config, prepared = checkpoint.config, checkpoint.config["preprocess_cfg"]
+        size = config["vision_cfg"]["image_size"]
+        if not isinstance(size, int):
+            return None
+        return EncoderInfo(
+            name=short_name(spec),
+            weights_sha256=state_sha256(checkpoint.state_dict),
+            embed_dim=config["embed_dim"],
+            image_size=size,
+            mean=rgb(prepared["mean"]),
+            std=rgb(prepared["std"]),
+            interpolation=prepared["interpolation"],
+            resize_mode=prepared["resize_mode"],
+            context_length=config["text_cfg"]["context_length"],
+            trained_on=checkpoint.trained_on,
+            steps=checkpoint.total_steps,
+            unknown_base=checkpoint.base.unknown if checkpoint.base else None,
+        )
+    except KeyError:
+        return None
 
 
 def info_of(encoder: LoadedEncoder) -> EncoderInfo:
@@ -97,6 +135,8 @@ class ClipEncoder:
         self.device = choose_device(self.config.device)
         settled = self.config.settled(gpu=self.device.type == "cuda")
         self.precision, self.micro_batch, self.views = settled.precision, settled.micro_batch, settled.views or 0
+        from tarsift.operators.models import load_encoder  # not where this class is only named: it takes seconds
+
         self.encoder = load_encoder(self.config.spec, device=self.device)
         if weights_sha256 not in (None, self.encoder.weights_sha256):
             raise ChangedError(

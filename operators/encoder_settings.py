@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -68,3 +70,15 @@ class EncoderInfo:
     trained_on: dict[str, str] | None
     steps: int | None
     unknown_base: str | None = None
+
+
+def split_spec(spec: str) -> tuple[str, str | None]:
+    """Split `ARCHITECTURE:WEIGHTS` at its first colon that does not belong to a URL."""
+    found = re.search(r":(?!//)", spec)
+    return (spec, None) if found is None else (spec[: found.start()], spec[found.end() :])
+
+
+def rgb(values: Sequence[float | int]) -> tuple[float, float, float]:
+    """Return what there must be three of, one for each channel."""
+    red, green, blue = values
+    return float(red), float(green), float(blue)

@@ -8,12 +8,10 @@ anything but tensors and plain types.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,19 +24,22 @@ from timm.models import byobnet, register_model
 
 from tarsift.operators import storage
 from tarsift.operators.checkpoints import (
+    CHECKPOINT_FORMAT,
+    CHECKPOINT_VERSION,
     Base,
     Checkpoint,
     find_state_dict,
     load_checkpoint,
     load_tensors,
     load_weights,
-    save_checkpoint,
+    state_sha256,
 )
+from tarsift.operators.encoder_settings import rgb, split_spec
 from tarsift.operators.errors import UsageError
+from tarsift.operators.towers import PRECISIONS, LoadedEncoder
 
 __all__ = [
     "MODEL_CONFIGS",
-    "PRECISIONS",
     "Base",
     "Checkpoint",
     "LoadedEncoder",
@@ -50,11 +51,8 @@ __all__ = [
     "model_config",
     "preprocessing",
     "save_checkpoint",
-    "state_sha256",
     "weights_sha256",
 ]
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _CONFIG_FOLDER = resources.files("tarsift.operators") / "model_configs"
 MODEL_CONFIGS: tuple[str, ...] = tuple(
@@ -76,36 +74,6 @@ def tarsift_repvgg4(pretrained: bool = False, **kwargs: Any) -> byobnet.ByobNet:
     default_cfg: Any = {"input_size": (3, 32, 32), "pool_size": (2, 2), "first_conv": "stem.conv_kxk.conv"}
     model.default_cfg = default_cfg
     return model
-
-
-@dataclass
-class LoadedEncoder:
-    """A CLIP model ready to encode, with everything needed to prepare its inputs.
-
-    `tokenizer` maps a list of captions to a LongTensor (n, context_length). `mean` and `std` are
-    per RGB channel, for pixels in 0 to 1. `weights_sha256` is the digest of the weights as they
-    were stored, whatever file they came in. `trained_on` maps the shards that the encoder was
-    trained on to their SHA-256, None where that is not known; so is `steps`. Where training went on
-    from another encoder, both count what that one has seen; `unknown_base` names one that does not
-    say. `config` is the JSON config that the model can be built from, None for published models that
-    come with one of their own.
-    """
-
-    model: torch.nn.Module
-    tokenizer: Callable[[list[str]], torch.Tensor]
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str
-    resize_mode: str
-    context_length: int
-    embed_dim: int
-    name: str
-    weights_sha256: str
-    trained_on: dict[str, str] | None = None
-    steps: int | None = None
-    unknown_base: str | None = None
-    config: dict[str, Any] | None = None
 
 
 def model_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -173,8 +141,21 @@ def build_tokenizer(config: Mapping[str, Any], name: str = "") -> Callable[[list
 
 
 def preprocessing(config: Mapping[str, Any]) -> PreprocessCfg:
-    """Return how a model's images are prepared: what its config says, and open_clip's defaults for the rest."""
-    return PreprocessCfg(**config.get("preprocess_cfg", {}))
+    """Return how a model's images are prepared: what its config says, and open_clip's defaults for the rest.
+
+    Raises:
+        UsageError: if the config says something else than how.
+    """
+    given = config.get("preprocess_cfg", {})
+    try:
+        return PreprocessCfg(**given)
+    except (TypeError, AssertionError) as error:
+        raise UsageError(f"the model config's `preprocess_cfg` is none of open_clip's: {given}. {error}") from error
+
+
+def _written(preprocess: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of open_clip's settings a config keeps; the size is the image tower's."""
+    return {name: preprocess[name] for name in ("mean", "std", "interpolation", "resize_mode") if name in preprocess}
 
 
 def load_encoder(
@@ -197,7 +178,7 @@ def load_encoder(
     """
     if precision not in PRECISIONS:
         raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
-    source, weights = _split_spec(spec)
+    source, weights = split_spec(spec)
     if source in ("hf-hub", "local-dir"):
         encoder = _published(spec, None)
     elif weights is None and _is_architecture(source):
@@ -220,25 +201,57 @@ def load_encoder(
     return encoder
 
 
+def save_checkpoint(
+    url: str | Path,
+    model: torch.nn.Module,
+    *,
+    config: Mapping[str, Any],
+    shards: Mapping[str, str],
+    steps: int,
+    samples: int,
+    seed: int,
+    extra: Mapping[str, Any] | None = None,
+    base: Base | None = None,
+) -> None:
+    """Write an encoder file that says what it is and what it was trained on.
+
+    Args:
+        url: where to, any fsspec URL.
+        model: its weights are kept in the precision they have.
+        config: the model's JSON config; the file says all of how images are prepared, defaults included.
+        shards: name and SHA-256 of every shard file that this training saw.
+        steps: optimiser steps it took.
+        samples: image-text pairs it saw, repeats included.
+        seed: of weights and order.
+        extra: more to record; plain types.
+        base: what the weights had been before, if not random.
+    """
+    content = {
+        "format": CHECKPOINT_FORMAT,
+        "version": CHECKPOINT_VERSION,
+        "config": {**config, "preprocess_cfg": _written(asdict(preprocessing(config)))},
+        "state_dict": {k: v.detach().to("cpu").contiguous().clone() for k, v in model.state_dict().items()},
+        "shards": dict(shards),
+        "steps": steps,
+        "samples": samples,
+        "seed": seed,
+        "extra": dict(extra or {}),
+        "base": None if base is None else asdict(base),
+    }
+    with storage.open_write(str(url)) as file:
+        torch.save(content, file)
+
+
 def weights_sha256(model: torch.nn.Module) -> str:
     """Return the digest of a model's weights: names, types, shapes and bytes, in the order of their names."""
     return state_sha256(model.state_dict())
 
 
-def state_sha256(state_dict: Mapping[str, torch.Tensor]) -> str:
-    """Return the digest of a state dict, as `weights_sha256` does for a model."""
-    digest = hashlib.sha256()
-    for name, value in sorted(state_dict.items()):
-        value = value.detach().to("cpu").contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _from_checkpoint(checkpoint: Checkpoint, spec: str) -> LoadedEncoder:
     model = build_model(checkpoint.config, seed=0)
     load_weights(model, checkpoint.state_dict, spec)
-    encoder = _describe(model, checkpoint.config, spec, build_tokenizer(checkpoint.config))
+    stored = state_sha256(checkpoint.state_dict)
+    encoder = _describe(model, checkpoint.config, spec, build_tokenizer(checkpoint.config), weights=stored)
     encoder.trained_on, encoder.steps = checkpoint.trained_on, checkpoint.total_steps
     encoder.unknown_base = checkpoint.base.unknown if checkpoint.base else None
     encoder.config = checkpoint.config
@@ -263,7 +276,7 @@ def _published(name: str, tag: str | None) -> LoadedEncoder:
     except Exception as error:  # network, cache, config and format errors of three libraries
         raise UsageError(f"open_clip cannot load {spec!r}: {error}") from error
     used = open_clip.get_model_preprocess_cfg(model)
-    config = {"preprocess_cfg": {k: used[k] for k in ("mean", "std", "interpolation", "resize_mode") if k in used}}
+    config = {"preprocess_cfg": _written(used)}
     encoder = _describe(model, config, spec, tokenizer)
     if tag is not None:  # the model is that of the name, whatever the tag
         encoder.config = {**model_config(name), **config}
@@ -271,8 +284,14 @@ def _published(name: str, tag: str | None) -> LoadedEncoder:
 
 
 def _describe(
-    model: Any, config: Mapping[str, Any], name: str, tokenizer: Callable[[list[str]], torch.Tensor]
+    model: Any,
+    config: Mapping[str, Any],
+    name: str,
+    tokenizer: Callable[[list[str]], torch.Tensor],
+    *,
+    weights: str | None = None,
 ) -> LoadedEncoder:
+    """Return a model with all that is known of it; weights: their digest, None: of those that are in the model."""
     size = model.visual.image_size
     height, width = size if isinstance(size, tuple | list) else (size, size)
     if height != width:
@@ -284,20 +303,15 @@ def _describe(
         model=model,
         tokenizer=tokenizer,
         image_size=height,
-        mean=_rgb(preprocess.mean),
-        std=_rgb(preprocess.std),
+        mean=rgb(preprocess.mean),
+        std=rgb(preprocess.std),
         interpolation=preprocess.interpolation,
         resize_mode=preprocess.resize_mode,
         context_length=model.context_length,
         embed_dim=embed_dim,
         name=name,
-        weights_sha256=weights_sha256(model),
+        weights_sha256=weights or weights_sha256(model),
     )
-
-
-def _rgb(values: Sequence[float | int]) -> tuple[float, float, float]:
-    red, green, blue = values
-    return float(red), float(green), float(blue)
 
 
 def _checked_config(config: dict[str, Any], where: str) -> dict[str, Any]:
@@ -307,12 +321,6 @@ def _checked_config(config: dict[str, Any], where: str) -> dict[str, Any]:
     if missing:
         raise UsageError(f"{where} is no model config of open_clip: it lacks {', '.join(missing)}.")
     return config
-
-
-def _split_spec(spec: str) -> tuple[str, str | None]:
-    """Split `ARCHITECTURE:WEIGHTS` at its first colon that does not belong to a URL."""
-    found = re.search(r":(?!//)", spec)
-    return (spec, None) if found is None else (spec[: found.start()], spec[found.end() :])
 
 
 def _is_architecture(name: str) -> bool:

@@ -12,10 +12,10 @@ from jaxtyping import UInt8
 
 from tarsift.clip_detect.neighbors import unit_norm
 from tarsift.operators.decoding import ImageConfig
-from tarsift.operators.models import LoadedEncoder, build_model, load_encoder
+from tarsift.operators.models import build_model, load_encoder
 from tarsift.operators.repair_settings import RepairConfig
 from tarsift.operators.shards import Shard
-from tarsift.operators.towers import encode_images
+from tarsift.operators.towers import LoadedEncoder, encode_images
 from tarsift.operators.trace_verdict import Question
 from tarsift.operators.tracer import MICRO_BATCH, embed_captions, fetch_pictures, scale_of, taken_for
 from tarsift.sifters.image_text import Paired, Towers

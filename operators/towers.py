@@ -1,4 +1,4 @@
-"""The two towers of a CLIP model as functions from arrays to arrays.
+"""A CLIP model that is loaded, and its two towers as functions from arrays to arrays.
 
 Both always run at one fixed, padded micro-batch shape. The arithmetic of a convolution or a matrix
 product depends on its shape, so a sample's embedding would otherwise depend on how many others
@@ -8,16 +8,47 @@ happened to come with it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, UInt8
 
 from tarsift.operators.errors import UsageError
-from tarsift.operators.models import PRECISIONS, LoadedEncoder
 
 Precision = Literal["fp32", "bf16", "fp16"]
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class LoadedEncoder:
+    """A CLIP model ready to encode, with everything needed to prepare its inputs.
+
+    `tokenizer` maps a list of captions to a LongTensor (n, context_length). `mean` and `std` are
+    per RGB channel, for pixels in 0 to 1. `weights_sha256` is the digest of the weights as they
+    were stored, whatever file they came in. `trained_on` maps the shards that the encoder was
+    trained on to their SHA-256, None where that is not known; so is `steps`. Where training went on
+    from another encoder, both count what that one has seen; `unknown_base` names one that does not
+    say. `config` is the JSON config that the model can be built from, None for published models that
+    come with one of their own.
+    """
+
+    model: torch.nn.Module
+    tokenizer: Callable[[list[str]], torch.Tensor]
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    resize_mode: str
+    context_length: int
+    embed_dim: int
+    name: str
+    weights_sha256: str
+    trained_on: dict[str, str] | None = None
+    steps: int | None = None
+    unknown_base: str | None = None
+    config: dict[str, Any] | None = None
 
 
 def encode_images(

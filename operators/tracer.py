@@ -17,11 +17,11 @@ from tarsift.operators import storage
 from tarsift.operators.decoding import ImageConfig, UnusableImage
 from tarsift.operators.errors import UsageError
 from tarsift.operators.isolation import IsolatedDecoder
-from tarsift.operators.models import LoadedEncoder, load_encoder
+from tarsift.operators.models import load_encoder
 from tarsift.operators.schema import append, fixed_size_list, places_of
 from tarsift.operators.shards import Shard, fetch_members
 from tarsift.operators.storage import join
-from tarsift.operators.towers import encode_captions, encode_images
+from tarsift.operators.towers import LoadedEncoder, encode_captions, encode_images
 from tarsift.operators.trace_settings import TracingConfig
 from tarsift.operators.trace_verdict import Question
 from tarsift.sifters.delta_influence import Traced, ask, judge, queries_at_once, queries_of

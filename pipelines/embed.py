@@ -116,7 +116,7 @@ def embed_pass(
         ChangedError: if they were embedded by other weights, unless these are to `replace` them.
         UsageError: if embeddings that were made elsewhere lack something, or are of another dump.
     """
-    # Loading open_clip takes many seconds, and most commands that import this module do not encode.
+    # Loading torch takes seconds, and most commands that import this module do not encode.
     from tarsift.operators.encoder import ClipEncoder, encoder_info
 
     encoder = config.encoders[role].model_copy(update={"threads": config.resources.threads})

@@ -312,7 +312,7 @@ class Night:
         stood = self._stood()
         if stood is None:
             return None
-        from tarsift.operators.encoder import encoder_info  # loads open_clip, which takes seconds
+        from tarsift.operators.encoder import encoder_info  # loads torch, which takes seconds
 
         weights = {
             role: encoder_info(encoder.spec).weights_sha256

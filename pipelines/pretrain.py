@@ -11,8 +11,9 @@ from typing import Any
 import ray
 
 from tarsift.operators import storage
+from tarsift.operators.checkpoints import state_sha256
 from tarsift.operators.errors import TarsiftError, UsageError
-from tarsift.operators.models import load_checkpoint, state_sha256
+from tarsift.operators.models import load_checkpoint
 from tarsift.operators.shards import ReadConfig, ReadShard, Shard, ShardEnd, list_shards
 from tarsift.pipelines.leaving import read_left_out
 from tarsift.pipelines.metrics import reported

@@ -180,7 +180,7 @@ class EncodeRole:
     """Map: append the embeddings of one encoder, under names with a prefix; `pixels` and left out columns go."""
 
     def __init__(self, encoder: EncoderConfig, weights_sha256: str, prefix: str, without: Sequence[str] = ()):
-        from tarsift.operators.encoder import ClipEncoder  # loads open_clip, for which importers need not wait
+        from tarsift.operators.encoder import ClipEncoder  # loads torch, for which importers need not wait
 
         self.encode = ClipEncoder(encoder, weights_sha256=weights_sha256)
         self.prefix, self.without = prefix, ["pixels", *without]
@@ -198,7 +198,7 @@ def _encode(
     ds: ray.data.Dataset, columns: Columns, config: CleanConfig, progress: Listener
 ) -> tuple[list[tuple[int, ray.ObjectRef]], TrustedReference | None]:
     """Read and encode a Dataset; return (rows, table) of its blocks, and the trusted reference if there is one."""
-    from tarsift.operators.encoder import encoder_info  # loads open_clip, for which importers need not wait
+    from tarsift.operators.encoder import encoder_info  # loads torch, for which importers need not wait
 
     infos = {role: encoder_info(encoder.spec) for role, encoder in config.encoders.items()}
     trusted = None

@@ -28,11 +28,12 @@ from tarsift.operators.decoding import ImageConfig, UnusableImage
 from tarsift.operators.encoder import Regime, encoder_regime, info_of
 from tarsift.operators.errors import UsageError
 from tarsift.operators.isolation import IsolatedDecoder
-from tarsift.operators.models import LoadedEncoder, load_encoder
+from tarsift.operators.models import load_encoder
 from tarsift.operators.schema import places_of
 from tarsift.operators.shards import Shard
 from tarsift.operators.storage import join
 from tarsift.operators.stored import Stored, put_table
+from tarsift.operators.towers import LoadedEncoder
 from tarsift.operators.trace_settings import TracingConfig
 from tarsift.operators.trace_verdict import Question, ask_in_rounds
 from tarsift.operators.tracer import (

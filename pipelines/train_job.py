@@ -22,7 +22,6 @@ from tarsift.operators.encoder import short_name
 from tarsift.operators.errors import Interrupted, TarsiftError, UsageError
 from tarsift.operators.models import (
     Base,
-    LoadedEncoder,
     build_model,
     build_tokenizer,
     load_encoder,
@@ -33,6 +32,7 @@ from tarsift.operators.models import (
     weights_sha256,
 )
 from tarsift.operators.shards import ReadConfig, Shard
+from tarsift.operators.towers import LoadedEncoder
 from tarsift.pipelines.leaving import PairReaderWithout, read_left_out
 from tarsift.pipelines.pair_losses import PairLosses
 from tarsift.pipelines.pairs import Batch, PairReader, PairStream, cached_batches, load_pairs, streamed_batches

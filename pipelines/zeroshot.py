@@ -11,8 +11,7 @@ from PIL import Image
 
 from tarsift.operators.decoding import ImageConfig, fit_to_square
 from tarsift.operators.errors import UsageError
-from tarsift.operators.models import LoadedEncoder
-from tarsift.operators.towers import encode_captions, encode_images
+from tarsift.operators.towers import LoadedEncoder, encode_captions, encode_images
 
 Pictures = UInt8[np.ndarray, "n h w 3"]
 Similarity = Callable[[np.ndarray, np.ndarray], np.ndarray]

@@ -124,8 +124,7 @@ def cleaned(tmp_path_factory, ray_session):
 
 def make_encoder(path, dump=None, *, seed: int = 0) -> str:
     """Write a small encoder with random weights, said to be trained on a dump: enough for all but detection."""
-    from tarsift.operators.checkpoints import save_checkpoint
-    from tarsift.operators.models import build_model, model_config
+    from tarsift.operators.models import build_model, model_config, save_checkpoint
 
     shards = {} if dump is None else {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in dump.rglob("*.tar*")}
     model = build_model("tiny", seed=seed)

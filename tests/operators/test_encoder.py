@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import pickle
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -13,10 +15,11 @@ from open_clip.transform import image_transform
 from PIL import Image
 from pydantic import ValidationError
 
-from tarsift.operators.encoder import ClipEncoder, EncoderConfig, encoder_info, short_name
+from tarsift.operators import models
+from tarsift.operators.encoder import ClipEncoder, EncoderConfig, encoder_info, info_of, short_name
 from tarsift.operators.errors import END_OF_SHARD, ConfigError, TarsiftError, UsageError
 from tarsift.operators.images import DecodeImages
-from tarsift.operators.models import build_model, load_encoder, model_config, save_checkpoint
+from tarsift.operators.models import Base, build_model, load_encoder, model_config, save_checkpoint
 from tarsift.operators.schema import SAMPLE_SCHEMA, matrix
 from tests.operators.test_images import IMAGES, JPEG, encoded, picture, rows
 
@@ -37,6 +40,40 @@ def spec(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def encode(spec) -> ClipEncoder:
     return ClipEncoder(spec, micro_batch=16)
+
+
+@pytest.mark.parametrize(
+    ("change", "built"),
+    [
+        ({}, False),
+        ({"preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1], "resize_mode": "squash"}}, False),
+        ({"text_cfg": {"vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}}, True),  # 77 tokens, as they say not
+    ],
+)
+def test_what_an_encoder_file_says_of_itself(tmp_path, monkeypatch, change, built):
+    config = model_config({**model_config("tiny"), **change})
+    url, base = str(tmp_path / "enc.pt"), Base("base.pt", "0" * 64, {"a": "11"}, None, "base.pt")
+    model = build_model(config, seed=5).half()
+    save_checkpoint(url, model, config=config, shards={"b": "22"}, steps=40, samples=9, seed=5, base=base)
+    loaded = models.load_encoder(url)
+    calls = []
+    monkeypatch.setattr(models, "load_encoder", lambda spec: calls.append(spec) or loaded)
+    info = encoder_info(url)
+    assert calls == [url] * built
+    assert info == info_of(loaded)
+    assert info.weights_sha256 == models.weights_sha256(model)
+    assert info.trained_on == {"a": "11", "b": "22"}
+
+
+def test_open_clip_is_not_loaded_to_describe_an_encoder_file(spec):
+    code = f"""
+import sys
+from tarsift.operators.encoder import ClipEncoder, encoder_info
+encoder_info({spec!r})
+assert "torch" in sys.modules
+assert "open_clip" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def with_model(operator: ClipEncoder, encode_image) -> ClipEncoder:

@@ -6,6 +6,7 @@ import pickle
 import open_clip
 import pytest
 import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
 from tarsift.operators.checkpoints import CHECKPOINT_FORMAT
 from tarsift.operators.errors import TarsiftError, UsageError
@@ -77,7 +78,10 @@ def test_checkpoint_round_trip(tiny, encoder_file):
     assert checkpoint.shards == {"00000": "ab" * 32}
     assert (checkpoint.steps, checkpoint.samples, checkpoint.seed) == (7, 70, 3)
     assert checkpoint.extra == {"loss": 1.5}
-    assert checkpoint.config == model_config("tiny")
+    prepared = {
+        "mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD, "interpolation": "bicubic", "resize_mode": "shortest"
+    }  # fmt: skip
+    assert checkpoint.config == {**model_config("tiny"), "preprocess_cfg": prepared}
     assert all(torch.equal(v, tiny.state_dict()[k]) for k, v in checkpoint.state_dict.items())
 
 

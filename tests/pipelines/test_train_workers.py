@@ -15,8 +15,9 @@ import pytest
 from ray.exceptions import WorkerCrashedError
 from ray.train import ControllerError, WorkerGroupError
 
+from tarsift.operators.checkpoints import state_sha256
 from tarsift.operators.errors import TarsiftError, UsageError
-from tarsift.operators.models import load_checkpoint, state_sha256
+from tarsift.operators.models import load_checkpoint
 from tarsift.pipelines import stopping
 from tarsift.pipelines.pretrain import PretrainConfig, pretrain, pretrain_here
 from tarsift.pipelines.train_workers import _cause, _of_a_death, patiently
