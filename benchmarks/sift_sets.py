@@ -1,4 +1,4 @@
-"""Poisoned sets of labelled pictures for sift.py: CIFAR-10 under an attack, and the features of a witness.
+"""Poisoned sets of labelled pictures for sift_cell.py: CIFAR-10 under an attack, and the features of a witness.
 
 A set is some of the training pictures, other ones for every seed. A *witness* is a network that was trained on as many
 other pictures under their true labels; its features are frozen, of the plain pictures and of three diluted views.
@@ -164,9 +164,9 @@ def poisoned(cell: Cell, data: Path, cache: Path) -> PoisonedSet:
 
 
 def code_digest() -> str:
-    """Return 12 hex digits of the code of the sifters and of both files."""
+    """Return 12 hex digits of the code that a cell's figures depend on."""
     digest = hashlib.sha256()
     here = Path(__file__)
-    for path in (*(ROOT / "sifters" / f"{name}.py" for name in MODULES), here, here.with_name("sift.py")):
+    for path in (*(ROOT / "sifters" / f"{name}.py" for name in MODULES), here, here.with_name("sift_cell.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
