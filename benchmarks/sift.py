@@ -35,7 +35,7 @@ SEEDS, TUNING_SEEDS = (1, 2, 3), (0, 5)
 MORE, FEWER, TINY_SAMPLES = 25_000, 5_000, 150  # of 10,000 a few pixels are not learned, and nothing is to defend
 SHARES = {"badnets": 1 / 3, "targeted_flip": 1 / 6}  # of what bears the target's label afterwards: 5 % and 2 % of all
 SHOWN = (0.01, 0.02, 0.05)
-SCENARIOS = (  # and their seeds, by which the colour is drawn: such that a model learns the trigger if nothing is sifted
+SCENARIOS = (  # and seeds, by which the colour is drawn: those of which a model learns if nothing is sifted
     ("dlbd_x", 0, 2, 12), ("dlbd_l", 1, 3, 2), ("dlbd_l", 9, 2, 12), ("dlbd_x", 8, 6, 4)
 )  # fmt: skip
 EPSILON = 0.1  # share of the source that is poisoned in these
