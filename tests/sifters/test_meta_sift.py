@@ -128,7 +128,7 @@ def test_a_run_that_was_broken_off_goes_on_where_it_was(monkeypatch, kind):
 
 
 def test_pictures_are_sifted_as_well():
-    images, labels = pictures(300, side=8)
+    images, labels = pictures(600, side=8)
     wrong = np.arange(len(labels)) < 15
     config = MetaSiftConfig(sifters=2, batch_size=50)
     result = meta_sift(images, np.where(wrong, (labels + 1) % 3, labels), config=config)
