@@ -72,6 +72,11 @@ class Checkpoint:
         before = self.base.steps if self.base else 0
         return None if before is None else before + self.steps
 
+    @property
+    def unknown_base(self) -> str | None:
+        """Name of the first encoder before this one whose file does not say what it was trained on."""
+        return self.base.unknown if self.base else None
+
 
 def load_checkpoint(url: str | Path) -> Checkpoint:
     """Read an encoder file written by `save_checkpoint`; nothing in it is executed.

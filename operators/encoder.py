@@ -75,7 +75,7 @@ def _info_in_file(spec: str) -> EncoderInfo | None:
             context_length=config["text_cfg"]["context_length"],
             trained_on=checkpoint.trained_on,
             steps=checkpoint.total_steps,
-            unknown_base=checkpoint.base.unknown if checkpoint.base else None,
+            unknown_base=checkpoint.unknown_base,
         )
     except KeyError:
         return None

@@ -253,7 +253,7 @@ def _from_checkpoint(checkpoint: Checkpoint, spec: str) -> LoadedEncoder:
     stored = state_sha256(checkpoint.state_dict)
     encoder = _describe(model, checkpoint.config, spec, build_tokenizer(checkpoint.config), weights=stored)
     encoder.trained_on, encoder.steps = checkpoint.trained_on, checkpoint.total_steps
-    encoder.unknown_base = checkpoint.base.unknown if checkpoint.base else None
+    encoder.unknown_base = checkpoint.unknown_base
     encoder.config = checkpoint.config
     return encoder
 
