@@ -7,12 +7,9 @@ anything but tensors and plain types.
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from open_clip.transform import PreprocessCfg
 from timm.models import byobnet, register_model
 
 from tarsift.operators import storage
+from tarsift.operators.architectures import MODEL_CONFIGS, is_architecture, model_config, unknown_model
 from tarsift.operators.checkpoints import (
     CHECKPOINT_FORMAT,
     CHECKPOINT_VERSION,
@@ -54,11 +52,6 @@ __all__ = [
     "weights_sha256",
 ]
 
-_CONFIG_FOLDER = resources.files("tarsift.operators") / "model_configs"
-MODEL_CONFIGS: tuple[str, ...] = tuple(
-    sorted(f.name.removesuffix(".json") for f in _CONFIG_FOLDER.iterdir() if f.name.endswith(".json"))
-)
-
 
 @register_model
 def tarsift_repvgg4(pretrained: bool = False, **kwargs: Any) -> byobnet.ByobNet:
@@ -74,30 +67,6 @@ def tarsift_repvgg4(pretrained: bool = False, **kwargs: Any) -> byobnet.ByobNet:
     default_cfg: Any = {"input_size": (3, 32, 32), "pool_size": (2, 2), "first_conv": "stem.conv_kxk.conv"}
     model.default_cfg = default_cfg
     return model
-
-
-def model_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the JSON config of a model: a shipped name, a path to a JSON file, or an open_clip name.
-
-    Raises:
-        UsageError: if there is no such model or file, or the file is no model config.
-    """
-    if isinstance(config, Mapping):
-        return _checked_config(dict(config), "the config given")
-    name = str(config)
-    if name in MODEL_CONFIGS:
-        return json.loads((_CONFIG_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    if name.endswith(".json"):
-        try:
-            return _checked_config(json.loads(storage.read_bytes(name)), name)
-        except FileNotFoundError as error:
-            raise UsageError(f"there is no model config {name!r}.") from error
-        except ValueError as error:
-            raise UsageError(f"{name} is not a JSON file: {error}") from error
-    found = open_clip.get_model_config(name.replace("/", "-"))
-    if found is None:
-        raise UsageError(_unknown_model(name))
-    return found
 
 
 def build_model(config: str | Path | Mapping[str, Any], *, seed: int | None) -> torch.nn.Module:
@@ -181,7 +150,7 @@ def load_encoder(
     source, weights = split_spec(spec)
     if source in ("hf-hub", "local-dir"):
         encoder = _published(spec, None)
-    elif weights is None and _is_architecture(source):
+    elif weights is None and is_architecture(source):
         if not allow_random:
             raise UsageError(
                 f"{spec!r} names an architecture without weights, and an untrained encoder sees nothing. "
@@ -314,31 +283,10 @@ def _describe(
     )
 
 
-def _checked_config(config: dict[str, Any], where: str) -> dict[str, Any]:
-    if "model_cfg" in config:  # the form of open_clip_config.json on the Hub
-        config = {**config["model_cfg"], "preprocess_cfg": config.get("preprocess_cfg", {})}
-    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
-    if missing:
-        raise UsageError(f"{where} is no model config of open_clip: it lacks {', '.join(missing)}.")
-    return config
-
-
-def _is_architecture(name: str) -> bool:
-    return name in MODEL_CONFIGS or name.endswith(".json") or open_clip.get_model_config(name) is not None
-
-
-def _unknown_model(name: str) -> str:
-    close = difflib.get_close_matches(name, [*MODEL_CONFIGS, *open_clip.list_models()], n=3, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(close)}?" if close else "See `open_clip.list_models()`."
-    return (
-        f"there is no model {name!r}: it is neither shipped ({', '.join(MODEL_CONFIGS)}) nor known to open_clip. {hint}"
-    )
-
-
 def _existing(url: str, *, architecture: str | None = None) -> str:
     """Return `url` if it is a file, else say what else the spec could have meant."""
-    if architecture is not None and not _is_architecture(architecture):
-        raise UsageError(_unknown_model(architecture))
+    if architecture is not None and not is_architecture(architecture):
+        raise UsageError(unknown_model(architecture))
     if storage.exists(url):
         return url
     if architecture is not None:
@@ -347,4 +295,4 @@ def _existing(url: str, *, architecture: str | None = None) -> str:
         raise UsageError(f"{url!r} is neither a file of weights nor a tag of {architecture}{known}.")
     if "/" in url or "." in url:
         raise UsageError(f"there is no encoder file {url!r}.")
-    raise UsageError(_unknown_model(url))
+    raise UsageError(unknown_model(url))

@@ -11,8 +11,7 @@ from tarsift.clip_detect.drift import DriftConfig
 from tarsift.operators.errors import ConfigError
 from tarsift.pipelines.config import CleanConfig, parse_config
 from tarsift.pipelines.findings import FindingConfig
-from tarsift.pipelines.train_job import PretrainConfig
-from tarsift.pipelines.training import LR, TrainConfig
+from tarsift.pipelines.train_settings import LR, PretrainConfig, TrainConfig
 
 SET_EACH_NIGHT = ("model", "base", "epochs", "steps", "seed", "losses", "leave_out", "read", "images")
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -13,7 +12,6 @@ import pyarrow.parquet as pq
 from tarsift.operators import storage
 from tarsift.operators.errors import UsageError
 from tarsift.operators.shards import Shard
-from tarsift.pipelines.pairs import Pair, PairReader
 
 COLUMNS = ("shard", "key")
 
@@ -24,20 +22,6 @@ class LeftOut:
 
     samples: frozenset[tuple[str, str]]
     digest: str
-
-
-@dataclass(frozen=True)
-class PairReaderWithout(PairReader):
-    """Reads pairs as `PairReader` does, and leaves some out; these count as `left_out`."""
-
-    left_out: frozenset[tuple[str, str]] = frozenset()
-
-    def __call__(self, shards: Iterable[Shard], skipped: Counter[str]) -> Iterator[Pair]:
-        for pair in super().__call__(shards, skipped):
-            if (pair.shard, pair.key) in self.left_out:
-                skipped["left_out"] += 1
-            else:
-                yield pair
 
 
 def read_left_out(url: str, shards: Sequence[Shard]) -> LeftOut:

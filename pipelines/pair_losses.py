@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,9 @@ import torch
 from jaxtyping import Float32
 
 from tarsift.operators import storage
-from tarsift.pipelines.pairs import Batch
+
+if TYPE_CHECKING:
+    from tarsift.pipelines.pairs import Batch
 
 
 class PairLosses:
@@ -49,3 +52,13 @@ class PairLosses:
         table = table.replace_schema_metadata({f"tarsift.{name}": value for name, value in metadata.items()})
         with storage.open_write(url) as file:
             pq.write_table(table, file)
+
+
+def are_of(url: str, weights_sha256: str) -> bool:
+    """Tell whether there is a file of losses that says it is of the training of these weights."""
+    try:
+        with storage.open_read(url) as file:
+            said = pq.read_schema(file).metadata or {}
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return False
+    return said.get(b"tarsift.weights_sha256") == weights_sha256.encode()

@@ -25,6 +25,7 @@ from tarsift.operators.decoding import ImageConfig, UnusableImage
 from tarsift.operators.isolation import IsolatedDecoder
 from tarsift.operators.shards import ReadConfig, Shard, ShardCounts, read_samples
 from tarsift.operators.streams import open_shard
+from tarsift.pipelines.shard_digests import NO_PAIR
 
 
 class Batch(NamedTuple):
@@ -47,17 +48,6 @@ class Pair(NamedTuple):
     caption: str
     shard: str
     key: str
-
-
-# Of samples that have a picture and a caption, those with these errors are no pairs: somebody else's, or cut.
-NO_PAIR = frozenset({"duplicate_key", "caption_too_large"})
-
-
-def count_pairs(table: pa.Table) -> int:
-    """Return how many rows of a table of `ReadShard` are pairs, if their images decode."""
-    there = np.asarray(table["image"].is_valid()) & np.asarray(table["caption"].is_valid())
-    errors = table["error"].to_pylist()
-    return sum(whole and error not in NO_PAIR for whole, error in zip(there.tolist(), errors, strict=True))
 
 
 @dataclass(frozen=True)
@@ -105,6 +95,20 @@ class _Whole(NamedTuple):
     caption: str
     shard: str
     key: str
+
+
+@dataclass(frozen=True)
+class PairReaderWithout(PairReader):
+    """Reads pairs as `PairReader` does, and leaves some out; these count as `left_out`."""
+
+    left_out: frozenset[tuple[str, str]] = frozenset()
+
+    def __call__(self, shards: Iterable[Shard], skipped: Counter[str]) -> Iterator[Pair]:
+        for pair in super().__call__(shards, skipped):
+            if (pair.shard, pair.key) in self.left_out:
+                skipped["left_out"] += 1
+            else:
+                yield pair
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,18 @@ from typing import Any
 import ray
 
 from tarsift.operators import storage
-from tarsift.operators.checkpoints import state_sha256
+from tarsift.operators.checkpoints import load_checkpoint, state_sha256
 from tarsift.operators.errors import TarsiftError, UsageError
-from tarsift.operators.models import load_checkpoint
-from tarsift.operators.shards import ReadConfig, ReadShard, Shard, ShardEnd, list_shards
+from tarsift.operators.shards import Shard, list_shards
 from tarsift.pipelines.leaving import read_left_out
 from tarsift.pipelines.metrics import reported
 from tarsift.pipelines.notebook import html_table
-from tarsift.pipelines.pairs import count_pairs
 from tarsift.pipelines.progress import Event, Listener, silent
-from tarsift.pipelines.session import TASK_OPTIONS, session
+from tarsift.pipelines.session import session
+from tarsift.pipelines.shard_digests import digest_all, digest_shard
 from tarsift.pipelines.text import duration
-from tarsift.pipelines.train_job import Job, Origin, PretrainConfig, ShardDigest, find_origin, train
+from tarsift.pipelines.train_job import Job, Origin, find_origin
+from tarsift.pipelines.train_settings import PretrainConfig
 from tarsift.pipelines.train_workers import patiently, run_workers
 
 
@@ -30,7 +30,7 @@ from tarsift.pipelines.train_workers import patiently, run_workers
 class PretrainSummary:
     """What `pretrain` did; `skipped` counts samples by reason, over one epoch where pairs are in memory.
 
-    `went_on_from` are the steps that an earlier, interrupted call had done.
+    `went_on_from` are the steps that earlier calls had done: all of them where the training had ended.
     """
 
     checkpoint: str
@@ -62,12 +62,13 @@ def pretrain(
 
     Runs in a Ray Train worker group: in the session that is there, else in one of its own. Interrupted, the same
     call goes on from the last snapshot (`OUT.part`): with pairs in memory, one worker and a CPU to the same bytes.
+    A training that has ended is not done again: where `out` is of the same settings and shards it is left as it is.
 
     Args:
         shards: paths, globs, brace patterns, folders or URLs; or shards that are listed already.
         out: the encoder file; with workers on several machines, on storage that all of them share.
         config: the settings.
-        force: begin anew, whatever a snapshot is of.
+        force: begin anew, whatever there is.
         progress: told of shards digested, and of training as it starts and ends.
         settings: fields of `PretrainConfig` that override.
 
@@ -89,7 +90,10 @@ def pretrain(
     if config.batch_size % config.workers:
         raise UsageError(f"batch_size {config.batch_size} cannot be shared among {config.workers} workers evenly.")
     with session(), reported(progress) as progress:
-        job = Job(found, _digest_all(found, config, progress), out, config, origin)
+        job = Job(found, digest_all(found, config.read, progress), out, config, origin)
+        if not force and (ended := job.ended()):
+            progress(Event("pretrain", job.steps, job.steps, ended["samples"], unit="steps", finished=True))
+            return PretrainSummary(checkpoint=out, wall_s=time.monotonic() - start, **ended)
         done = job.begin(force=force)
         note = f"goes on from {job.snapshots().url}" if done else ""
         before = done * job.batch_size
@@ -113,8 +117,10 @@ def pretrain_here(
     origin = find_origin(config, out)
     found = list_shards(shards)
     job = Job(found, [digest_shard(shard, config.read) for shard in found], out, config, origin)
-    job.begin(force=force)
-    metrics = patiently(lambda asked: train(job, origin.weights, on_step=on_step, asked=asked))
+    metrics = None if force else job.ended()
+    if metrics is None:
+        job.begin(force=force)
+        metrics = patiently(lambda asked: _train(job, origin.weights, on_step=on_step, asked=asked))
     return PretrainSummary(checkpoint=out, **metrics, wall_s=time.monotonic() - start)
 
 
@@ -125,33 +131,6 @@ def _listed(shards: str | Sequence[str] | Sequence[Shard]) -> list[Shard]:
     return named or list_shards([shard for shard in shards if not isinstance(shard, Shard)])
 
 
-def digest_shard(shard: Shard, read: ReadConfig) -> ShardDigest:
-    """Read a shard once, for its digest and the number of its pairs."""
-    pairs = 0
-    end = None
-    for table in ReadShard(read, receipts=True)(shard):
-        if table["row"][0].as_py() < 0:
-            end = ShardEnd.model_validate_json(table["key"][0].as_py())
-        else:
-            pairs += count_pairs(table)
-    assert end is not None  # a reader with receipts always ends with one
-    return ShardDigest(shard.name, end.sha256, pairs, [str(problem) for problem in end.problems])
-
-
-def _digest_all(shards: Sequence[Shard], config: PretrainConfig, progress: Listener) -> list[ShardDigest]:
-    """Digest all shards as Ray tasks."""
-    task = ray.remote(digest_shard).options(**TASK_OPTIONS)
-    progress(Event("digest", 0, len(shards)))
-    pending = {task.remote(shard, config.read): i for i, shard in enumerate(shards)}
-    done: dict[int, ShardDigest] = {}
-    while pending:
-        ready, _ = ray.wait(list(pending))
-        for ref in ready:
-            done[pending.pop(ref)] = ray.get(ref)
-        progress(Event("digest", len(done), len(shards), finished=not pending))
-    return [done[i] for i in range(len(shards))]
-
-
 def _run_job(job: Job, origin: Origin) -> dict[str, Any]:
     """Train in a Ray Train worker group, and see that what it wrote can be read here."""
     weights = None
@@ -159,7 +138,7 @@ def _run_job(job: Job, origin: Origin) -> dict[str, Any]:
         weights = partial(ray.get, ray.put(dict(origin.weights())))
     config = job.config
     metrics = run_workers(
-        partial(train, job, weights),
+        partial(_train, job, weights),
         out=job.out,
         workers=config.workers,
         cpus=float(config.threads + config.decoders),
@@ -169,3 +148,9 @@ def _run_job(job: Job, origin: Origin) -> dict[str, Any]:
     if written != metrics["weights_sha256"]:
         raise TarsiftError(f"{job.out} was written on another machine: give `out` on storage that all machines share.")
     return metrics
+
+
+def _train(job: Job, weights: Any, **worker: Any) -> dict[str, Any]:
+    from tarsift.pipelines.train_task import train  # with open_clip, which takes seconds to load
+
+    return train(job, weights, **worker)

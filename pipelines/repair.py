@@ -50,7 +50,8 @@ from tarsift.pipelines.trace import (
     load_trace,
     regime_of,
 )
-from tarsift.pipelines.train_job import PretrainConfig, base_of
+from tarsift.pipelines.train_job import base_of
+from tarsift.pipelines.train_settings import PretrainConfig
 from tarsift.sifters.unlearn import METHODS, WITHOUT_FORGOTTEN
 
 REPAIRS, LIST = "repair", "forgotten.parquet"

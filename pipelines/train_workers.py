@@ -6,17 +6,19 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pyarrow.fs
 import ray
-import torch
 from ray.exceptions import RayError
 
 from tarsift.operators import storage
 from tarsift.operators.errors import TarsiftError, UsageError
 from tarsift.pipelines.session import TASK_RETRIES
 from tarsift.pipelines.stopping import patient
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -69,13 +71,14 @@ def run_workers(work: Work, *, out: str, workers: int, cpus: float, gpus: float 
     fs, path = storage.filesystem(out)
     filesystem = None if storage.is_local(out) else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
     bell = ray.remote(num_cpus=0)(_Bell).remote()
+    stored = ray.put(work)  # or Ray Train's own processes would load all that it needs
 
     def fit() -> Any:
         storage.remove_tree(f"{out}.train")  # of a run that was killed; Ray Train would go on with it
         try:
             trainer = TorchTrainer(
                 _worker,
-                train_loop_config={"work": work, "bell": bell},
+                train_loop_config={"work": stored, "bell": bell},
                 scaling_config=ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker=resources),
                 run_config=RunConfig(
                     name="run",
@@ -149,7 +152,8 @@ def _worker(settings: dict[str, Any]) -> Any:
 
     rank = get_context().get_world_rank()
     rung = [settings["bell"].hear.remote()] if rank == 0 else []
-    return settings["work"](
+    work: Any = ray.get(settings["work"])
+    return work(
         rank=rank,
         device=get_device(),
         wrap=lambda towers: prepare_model(towers, move_to_device=False),

@@ -13,32 +13,14 @@ import numpy as np
 import open_clip
 import torch
 from jaxtyping import Float32, Int64
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from tarsift.operators.models import preprocessing
 from tarsift.pipelines.pairs import Batch
+from tarsift.pipelines.train_settings import LR, TrainConfig
 
 MAX_LOGIT_SCALE = math.log(100)  # as Radford et al. 2021 (arXiv 2103.00020), section 2.5
-LR, FURTHER_LR = 4e-3, 4e-4
-
-
-class TrainConfig(BaseModel):
-    """The optimiser: AdamW, its rate rising linearly and then falling as half a cosine to zero."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    lr: float | None = Field(
-        default=None,
-        gt=0,
-        description=f"highest learning rate; None = {LR}, or {FURTHER_LR} where a `base` is trained further, so that "
-        "it keeps what it has learned",
-    )
-    weight_decay: float = Field(default=0.1, ge=0, description="of matrices and convolutions, not of gains and biases")
-    beta2: float = Field(default=0.98, gt=0, lt=1, description="AdamW's second beta")
-    warmup_steps: int = Field(default=50, ge=0, description="steps in which the rate rises; a tenth of all at most")
-    precision: str = Field(default="auto", pattern="^(auto|fp32|bf16)$", description="auto = bf16 on a GPU, else fp32")
 
 
 @dataclass

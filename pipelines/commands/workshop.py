@@ -56,7 +56,7 @@ def pretrain(
     cache_bytes: Annotated[
         int, typer.Option("--cache-bytes", min=0, help="Keep pixels in memory up to this size, else stream shards.")
     ] = 2 << 30,
-    force: Annotated[bool, typer.Option("--force", help="Begin anew, whatever an interrupted training left.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Begin anew, whatever earlier trainings left.")] = False,
     captions: Captions = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that train in step.", rich_help_panel=SPREAD)] = 1,
     threads: Annotated[int, typer.Option(min=1, help="Threads per worker.", rich_help_panel=SPREAD)] = 1,
@@ -68,7 +68,7 @@ def pretrain(
     """Train a CLIP on shards, from scratch or --from another one; the encoder for `clean`.
 
     Interrupted, the same command goes on from its last snapshot (OUT.part); streamed shards at about
-    the same place. Ray Train runs the workers.
+    the same place. What is done is not done again. Ray Train runs the workers.
     """
     from tarsift.pipelines.pretrain import PretrainConfig
     from tarsift.pipelines.pretrain import pretrain as recipe

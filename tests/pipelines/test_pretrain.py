@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import subprocess
 import sys
 import tarfile
 import tracemalloc
@@ -32,8 +33,10 @@ from tarsift.operators.regime import encoder_regime
 from tarsift.operators.shards import ReadConfig, list_shards
 from tarsift.pipelines import cli
 from tarsift.pipelines.pairs import PairReader, PairStream, cached_batches, load_pairs, streamed_batches
-from tarsift.pipelines.pretrain import PretrainConfig, digest_shard, pretrain_here
-from tarsift.pipelines.training import TrainConfig, encode_trimmed, learning_rate, train_clip
+from tarsift.pipelines.pretrain import pretrain_here
+from tarsift.pipelines.shard_digests import digest_shard
+from tarsift.pipelines.train_settings import PretrainConfig, TrainConfig
+from tarsift.pipelines.training import encode_trimmed, learning_rate, train_clip
 from tests.operators.hostile_decoder import EAT, HANG, KILL, LATER, hostile
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "yellow": (230, 220, 40)}
@@ -267,6 +270,17 @@ def test_pretrain_records_what_it_saw(folder, tmp_path, cache_bytes):
     assert encoder.trained_on == checkpoint.shards
     # chance is log(30) = 3.4; knowing the colours, log(7.5) = 2.0, for numbers cannot be seen
     assert summary.loss < 2.6
+
+
+@pytest.mark.parametrize(
+    ("module", "loaded"),
+    [("pretrain", ["torch"]), ("ingest", ["torch"]), ("train_workers", []), ("shard_digests", [])],
+)
+def test_drivers_load_no_open_clip_and_tasks_no_torch(module, loaded):
+    """Each would take seconds more before it begins."""
+    code = f"import sys, tarsift.pipelines.{module}; print([m for m in ('torch', 'open_clip') if m in sys.modules])"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == str(loaded)
 
 
 def test_epochs_count_whole_batches(folder, tmp_path):

@@ -75,6 +75,43 @@ def test_goes_on_to_the_same_bytes(shards, tmp_path, dropping, kind):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_training_that_has_ended_is_not_done_again(shards, tmp_path):
+    out, losses, steps = tmp_path / "e.pt", tmp_path / "l.parquet", []
+
+    def train(force=False, **settings):
+        steps.clear()
+        wanted = config(**{"steps": 2, "losses": str(losses), **settings})
+        return pretrain_here(shards, out=str(out), config=wanted, force=force, on_step=lambda step, _: steps.append(1))
+
+    first, written = train(), out.stat().st_mtime_ns
+    again = train(threads=2)
+    assert not steps
+    assert out.stat().st_mtime_ns == written
+    assert {**asdict(again), "wall_s": 0} == {**asdict(first), "wall_s": 0, "went_on_from": 2}
+
+    def done_anew(prepare=lambda: None, **settings):
+        train()
+        prepare()
+        train(**settings)
+        return len(steps) == settings.get("steps", 2)
+
+    assert done_anew(force=True)
+    assert done_anew(steps=3)
+    assert done_anew(seed=1)
+    assert done_anew(losses.unlink)
+    assert done_anew(lambda: losses.write_bytes(b"no Parquet"))
+    assert done_anew(lambda: out.write_bytes(b"no encoder"))
+
+    def change_a_weight():
+        content = torch.load(out, weights_only=True)
+        content["state_dict"]["logit_scale"] += 1
+        torch.save(content, out)
+
+    assert done_anew(change_a_weight)
+    assert train().weights_sha256 == first.weights_sha256
+    assert not steps
+
+
 def test_dropout_depends_on_the_seed_alone_and_leaves_the_callers_random_state(shards, tmp_path, dropping):
     torch.manual_seed(1)
     expected = torch.rand(1)
@@ -110,7 +147,7 @@ def test_a_request_to_stop_finishes_the_step_and_keeps_it(shards, tmp_path, numb
         assert pretrain_here(shards, out=str(out), config=config(snapshot_s=60)).went_on_from == 4
         # at the last step there is nothing left to stop
         last = {"on_step": lambda step, loss: os.kill(os.getpid(), number) if step == 9 else None}
-        assert pretrain_here(shards, out=str(out), config=config(snapshot_s=60), **last).steps == 9
+        assert pretrain_here(shards, out=str(out), config=config(snapshot_s=60), force=True, **last).steps == 9
     finally:
         signal.signal(number, before)
     assert [f.name for f in tmp_path.iterdir()] == ["e.pt"]
