@@ -57,15 +57,17 @@ def script(name: str):
     return module
 
 
-def executed(name: str, folder: Path):
-    """A notebook, executed anew."""
-    return script("execute").execute(ROOT / "examples" / f"{name}.ipynb", folder)
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """Executes a notebook anew. All are in one folder, where what one has trained and cleaned is there for the next."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    return lambda name: script("execute").execute(ROOT / "examples" / f"{name}.ipynb", folder)
 
 
 @pytest.mark.slow
-def test_from_one_bad_example_to_a_repaired_model(tmp_path):
-    text = text_of(executed("trace_and_repair", tmp_path))
-    [before, *_] = percent(r"before\.pt: ([\d.]+)% of patched", text)
+def test_from_one_bad_example_to_a_repaired_model(executed):
+    text = text_of(executed("trace_and_repair"))
+    [before, *_] = percent(r"enc\.pt: ([\d.]+)% of patched", text)
     [after] = percent(r"retrained\.pt: ([\d.]+)% of patched", text)
     assert before > 90
     assert after < 20
@@ -77,8 +79,8 @@ def test_from_one_bad_example_to_a_repaired_model(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_dataset_of_ones_own_is_scored(tmp_path):
-    notebook = executed("score_a_dataset", tmp_path)
+def test_a_dataset_of_ones_own_is_scored(executed):
+    notebook = executed("score_a_dataset")
     text = text_of(notebook)
     [[found, planted, highest]] = re.findall(r"(\d+) of (\d+) poisoned pairs are among the (\d+) highest", text)
     assert int(found) > 0.7 * int(planted)
@@ -90,8 +92,20 @@ def test_a_dataset_of_ones_own_is_scored(tmp_path):
 
 
 @pytest.mark.slow
-def test_thresholds_are_changed_without_encoding(tmp_path):
-    notebook = executed("thresholds", tmp_path)
+def test_neighbours_and_groups_are_shown(executed):
+    notebook = executed("neighbours_and_clusters")
+    [[poisoned, beside]] = re.findall(r"(\d+) of the (\d+) neighbours are poisoned", text_of(notebook))
+    assert int(poisoned) > 0.7 * int(beside)
+    html = html_of(notebook)
+    assert "flagged samples" in html
+    assert "nearest kept" in html
+    assert html.count("data:image/webp") > 40
+
+
+@pytest.mark.slow
+def test_thresholds_are_changed_without_encoding(executed):
+    """The last one: it leaves `cleaned` with another verdict."""
+    notebook = executed("thresholds")
     text = text_of(notebook)
     by_fraction = re.findall(r"policy fraction, value ([\d.]+), score suspicion: (\d+) removed, (\d+)% of", text)
     fractions, removed, recall = ([float(row[i]) for row in by_fraction[:5]] for i in range(3))
@@ -99,17 +113,6 @@ def test_thresholds_are_changed_without_encoding(tmp_path):
     assert recall == sorted(recall)
     assert recall[-1] > 80
     assert html_of(notebook).count("<svg") >= 5
-
-
-@pytest.mark.slow
-def test_neighbours_and_groups_are_shown(tmp_path):
-    notebook = executed("neighbours_and_clusters", tmp_path)
-    [[poisoned, beside]] = re.findall(r"(\d+) of the (\d+) neighbours are poisoned", text_of(notebook))
-    assert int(poisoned) > 0.7 * int(beside)
-    html = html_of(notebook)
-    assert "flagged samples" in html
-    assert "nearest kept" in html
-    assert html.count("data:image/webp") > 40
 
 
 @pytest.fixture

@@ -47,6 +47,18 @@ STEPS = (
 )
 
 
+@pytest.fixture(scope="module")
+def twice(world):
+    """A state in which the second night was attempted, and once more while that was on: how the other attempt ended."""
+    state = world / "twice"
+    shutil.copytree(world / "one", state)
+    first = subprocess.Popen(ingest(world, state, "-q"), start_new_session=True)
+    wait_for(state / "nights" / "0002" / "night.json", first)
+    second = subprocess.run(ingest(world, state, "-q"), timeout=300, capture_output=True, text=True)
+    assert first.wait(timeout=300) == 0
+    return state, second
+
+
 def wait_for(path, child) -> None:
     deadline = time.monotonic() + 300
     while not path.exists():
@@ -56,11 +68,9 @@ def wait_for(path, child) -> None:
 
 
 @pytest.mark.slow
-def test_a_night_killed_at_every_step_ends_as_one_that_was_not(world, tmp_path):
-    undisturbed, state = tmp_path / "undisturbed", tmp_path / "state"
-    for place in (undisturbed, state):
-        shutil.copytree(world / "one", place)
-    subprocess.run(ingest(world, undisturbed, "-q"), check=True, timeout=300)
+def test_a_night_killed_at_every_step_ends_as_one_that_was_not(world, twice, tmp_path):
+    (undisturbed, _), state = twice, tmp_path / "state"
+    shutil.copytree(world / "one", state)
     killed, ended = 0, False
     for step in STEPS:
         if (state / step).exists():  # done before the last kill was
@@ -90,14 +100,9 @@ def test_a_night_killed_at_every_step_ends_as_one_that_was_not(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_of_two_attempts_at_once_one_is_told_to_come_again(world, tmp_path):
-    state = tmp_path / "state"
-    shutil.copytree(world / "one", state)
-    first = subprocess.Popen(ingest(world, state, "-q"), start_new_session=True)
-    wait_for(state / "nights" / "0002" / "night.json", first)
-    second = subprocess.run(ingest(world, state, "-q"), timeout=300, capture_output=True, text=True)
+def test_of_two_attempts_at_once_one_is_told_to_come_again(world, twice):
+    state, second = twice
     assert second.returncode == 75
     assert "is being worked on by" in second.stderr
-    assert first.wait(timeout=300) == 0
     after = subprocess.run(ingest(world, state, "--json"), check=True, timeout=300, capture_output=True)
     assert json.loads(after.stdout)["night"] is None
