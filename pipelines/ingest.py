@@ -129,10 +129,13 @@ def ingest(
         known = State.load(folder)  # once more: another call may have ended just now
         if known is None:
             known = State.begin(folder, root=storage.absolute(root or root_of(listed)), train=config.train)
-        with session(stall_timeout_s=config.clean.resources.stall_timeout_s):
-            night = Night.begin(known, listed, config, progress)
-            result = NightResult(None, None) if night is None else night.run()
-            known.clear(config.keep)
+        result = NightResult(None, None)
+        if known.opened() is not None or compare(listed, known.seen()).any_to_read():  # else without starting Ray
+            with session(stall_timeout_s=config.clean.resources.stall_timeout_s):
+                night = Night.begin(known, listed, config, progress)
+                if night is not None:
+                    result = night.run()
+        known.clear(config.keep)
     return result
 
 

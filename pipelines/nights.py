@@ -183,6 +183,10 @@ class Arrivals:
     doubtful: list[Shard]
     gone: list[str]
 
+    def any_to_read(self) -> bool:
+        """Tell whether there is a shard that may be new."""
+        return bool(self.new or self.changed or self.doubtful)
+
 
 def compare(listed: Sequence[Shard], seen: Mapping[str, Mapping[str, Any]]) -> Arrivals:
     """Compare a listing with what is known."""
