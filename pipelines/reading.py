@@ -47,10 +47,10 @@ def read_shards(
     return map_tables(shard_items(list_shards(inputs)), _read, {"config": config}, **ray_options)
 
 
-def shard_items(shards: Sequence[Shard]) -> ray.data.Dataset:
-    """Make a Dataset of shards, one block each, so that every shard is one task."""
+def shard_items(shards: Sequence[Shard], *, most_blocks: int | None = None) -> ray.data.Dataset:
+    """Make a Dataset of shards, one block each, so that every shard is one task; or several each, in fewer blocks."""
     items = [{"name": s.name, "url": s.url, "size": s.size} for s in shards]
-    return ray.data.from_items(items, override_num_blocks=len(items))
+    return ray.data.from_items(items, override_num_blocks=min(len(items), most_blocks or len(items)))
 
 
 def shards_of(items: pa.Table) -> list[Shard]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from ray.exceptions import RayError, RayTaskError
 
@@ -53,6 +54,7 @@ from tarsift.sifters.problems import ClassRule, Problem, classes_by_caption, cla
 CAPTIONS_PER_CLASS = 64  # of the sample that classes are made from
 MOST_CAPTIONS = 131_072
 PROBLEM_TIMEOUT_S = 24 * 3600.0  # one on pictures can take hours
+MOST_JOINS = 32  # tasks of a wave that join verdicts to samples: each opens the files of all problems
 SCORE = "suspicion"
 
 
@@ -154,11 +156,19 @@ class SiftPasses:
             arguments["rule"] = self.folder("classes.npz")
         self._each("route", "sift/routes", _route_rows, arguments)
 
-    def _each(self, name: str, folder: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    def _each(
+        self,
+        name: str,
+        folder: str,
+        function: Callable[..., Any],
+        arguments: Mapping[str, Any],
+        *,
+        most_tasks: int | None = None,
+    ) -> None:
         """Run a pass over all shards."""
 
         def stream(wave: list[Shard]) -> ray.data.Dataset:
-            return map_tables(shard_items(wave), function, arguments, num_cpus=1)
+            return map_tables(shard_items(wave, most_blocks=most_tasks), function, arguments, num_cpus=1)
 
         result = run_pass(
             Ledger(self.out, name, self.fingerprint), self.shards, stream, folder=folder,
@@ -284,7 +294,7 @@ class SiftPasses:
             "status": list(status),
             "weight": self.sift.weight,
         }
-        self._each("sift", SIFTED_FOLDER, _join_rows, arguments)
+        self._each("sift", SIFTED_FOLDER, _join_rows, arguments, most_tasks=MOST_JOINS)
 
 
 def reason_of(error: Exception) -> str:
@@ -332,7 +342,11 @@ def _join_rows(
 ) -> Iterator[pa.Table]:
     sources = [Stored(routes), Stored(scores, ("shard", "row", "uid", SCORE))]
     read = ReadStored(sources, batch_rows=8192, receipts=True)
-    for shard in shards_of(items):
-        found = [read_groups(file, [shard.name]).select(["row", "rank"]) for file in verdicts]
-        empty = pa.table({"row": pa.array([], pa.int32()), "rank": pa.array([], pa.float32())})
-        yield from map(JoinVerdicts(pa.concat_tables([empty, *found]), status, weight=weight), read(shard.name))
+    shards = shards_of(items)
+    names = {shard.name for shard in shards}
+    columns = {"shard": pa.string(), "row": pa.int32(), "rank": pa.float32()}
+    found = [read_groups(file, names).select(list(columns)).cast(pa.schema(columns)) for file in verdicts]
+    of_all = pa.concat_tables([pa.schema(columns).empty_table(), *found])
+    for shard in shards:
+        own = of_all.filter(pc.field("shard") == shard.name)
+        yield from map(JoinVerdicts(own, status, weight=weight), read(shard.name))

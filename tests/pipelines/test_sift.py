@@ -267,6 +267,15 @@ def test_the_same_settings_do_nothing_again(out, monkeypatch):
     assert results(out) == before
 
 
+def test_verdicts_are_joined_to_several_shards_in_one_task(out, monkeypatch):
+    before = results(out)
+    for folder in ("ledger/sift", "sift/samples"):
+        shutil.rmtree(out / folder)
+    monkeypatch.setattr("tarsift.pipelines.sift.MOST_JOINS", 1)
+    redo(out)
+    assert results(out) == before
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
