@@ -56,7 +56,13 @@ class EncoderConfig(BaseModel):
 
 @dataclass(frozen=True)
 class EncoderInfo:
-    """What is known of an encoder besides its weights; `LoadedEncoder` says what the fields mean."""
+    """What is known of an encoder besides its weights.
+
+    `mean` and `std` are per RGB channel, for pixels in 0 to 1. `weights_sha256` is the digest of the weights as they
+    were stored, whatever file they came in. `trained_on` maps the shards that the encoder was trained on to their
+    SHA-256, None where that is not known; so is `steps`. Where training went on from another encoder, both count what
+    that one has seen; `unknown_base` names one that does not say.
+    """
 
     name: str
     weights_sha256: str

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -221,19 +221,20 @@ def _from_checkpoint(checkpoint: Checkpoint, spec: str) -> LoadedEncoder:
     load_weights(model, checkpoint.state_dict, spec)
     stored = state_sha256(checkpoint.state_dict)
     encoder = _describe(model, checkpoint.config, spec, build_tokenizer(checkpoint.config), weights=stored)
-    encoder.trained_on, encoder.steps = checkpoint.trained_on, checkpoint.total_steps
-    encoder.unknown_base = checkpoint.unknown_base
-    encoder.config = checkpoint.config
-    return encoder
+    return replace(
+        encoder,
+        trained_on=checkpoint.trained_on,
+        steps=checkpoint.total_steps,
+        unknown_base=checkpoint.unknown_base,
+        config=checkpoint.config,
+    )
 
 
 def _from_weights(source: str, url: str, spec: str) -> LoadedEncoder:
     config = model_config(source)
     model = build_model(config, seed=0)
     load_weights(model, find_state_dict(load_tensors(url), url), url)
-    encoder = _describe(model, config, spec, build_tokenizer(config, source))
-    encoder.config = config
-    return encoder
+    return replace(_describe(model, config, spec, build_tokenizer(config, source)), config=config)
 
 
 def _published(name: str, tag: str | None) -> LoadedEncoder:
@@ -248,7 +249,7 @@ def _published(name: str, tag: str | None) -> LoadedEncoder:
     config = {"preprocess_cfg": _written(used)}
     encoder = _describe(model, config, spec, tokenizer)
     if tag is not None:  # the model is that of the name, whatever the tag
-        encoder.config = {**model_config(name), **config}
+        return replace(encoder, config={**model_config(name), **config})
     return encoder
 
 
@@ -280,6 +281,9 @@ def _describe(
         embed_dim=embed_dim,
         name=name,
         weights_sha256=weights or weights_sha256(model),
+        trained_on=None,
+        steps=None,
+        config=None,
     )
 
 

@@ -15,40 +15,24 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, UInt8
 
+from tarsift.operators.encoder_settings import EncoderInfo
 from tarsift.operators.errors import UsageError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass
-class LoadedEncoder:
-    """A CLIP model ready to encode, with everything needed to prepare its inputs.
+@dataclass(frozen=True, kw_only=True)
+class LoadedEncoder(EncoderInfo):
+    """A CLIP model ready to encode.
 
-    `tokenizer` maps a list of captions to a LongTensor (n, context_length). `mean` and `std` are
-    per RGB channel, for pixels in 0 to 1. `weights_sha256` is the digest of the weights as they
-    were stored, whatever file they came in. `trained_on` maps the shards that the encoder was
-    trained on to their SHA-256, None where that is not known; so is `steps`. Where training went on
-    from another encoder, both count what that one has seen; `unknown_base` names one that does not
-    say. `config` is the JSON config that the model can be built from, None for published models that
-    come with one of their own.
+    `tokenizer` maps a list of captions to a LongTensor (n, context_length). `config` is the JSON config that the
+    model can be built from, None for published models that come with one of their own.
     """
 
     model: torch.nn.Module
     tokenizer: Callable[[list[str]], torch.Tensor]
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str
-    resize_mode: str
-    context_length: int
-    embed_dim: int
-    name: str
-    weights_sha256: str
-    trained_on: dict[str, str] | None = None
-    steps: int | None = None
-    unknown_base: str | None = None
-    config: dict[str, Any] | None = None
+    config: dict[str, Any] | None
 
 
 def encode_images(

@@ -36,7 +36,7 @@ def encoder():
     return LoadedEncoder(
         model=Colours(), tokenizer=tokenize, image_size=4, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
         interpolation="bicubic", resize_mode="shortest", context_length=1, embed_dim=3, name="colours",
-        weights_sha256="",
+        weights_sha256="", trained_on=None, steps=None, config=None,
     )  # fmt: skip
 
 
