@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from tarsift.operators import storage
 from tarsift.operators.checkpoints import load_checkpoint, state_sha256
 from tarsift.operators.dilution import dilute
-from tarsift.operators.encoder_settings import EncoderConfig, EncoderInfo, rgb, split_spec
+from tarsift.operators.encoder_settings import EncoderConfig, EncoderInfo, is_file_alone, rgb, split_spec
 from tarsift.operators.errors import ChangedError, ConfigError, TarsiftError, UsageError
 from tarsift.operators.images import DecodeImages
 from tarsift.operators.imported import folder_of, imported_info, open_folder
@@ -55,7 +55,7 @@ def encoder_info(spec: str) -> EncoderInfo:
 
 def _info_in_file(spec: str) -> EncoderInfo | None:
     """Describe an encoder file as it does itself; None if it says too little, or is none."""
-    if not spec.endswith(".pt") or split_spec(spec)[1] is not None or not storage.exists(spec):
+    if not is_file_alone(spec) or not storage.exists(spec):
         return None
     checkpoint = load_checkpoint(spec)
     try:
@@ -91,8 +91,8 @@ def short_name(spec: str) -> str:
     """Leave out the folders of an encoder's file: `RN50:/models/cc3m.pt` is `RN50:cc3m.pt`."""
     if spec.startswith("hf-hub:"):
         return spec
-    architecture, colon, file = spec.partition(":")
-    if not colon or file.startswith("//"):  # a path or a URL alone
+    architecture, file = split_spec(spec)
+    if file is None:
         return spec.rsplit("/", 1)[-1]
     return f"{architecture}:{file.rsplit('/', 1)[-1]}"
 

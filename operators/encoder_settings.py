@@ -80,8 +80,15 @@ class EncoderInfo:
 
 def split_spec(spec: str) -> tuple[str, str | None]:
     """Split `ARCHITECTURE:WEIGHTS` at its first colon that does not belong to a URL."""
-    found = re.search(r":(?!//)", spec)
+    host = re.match(r"(\w+://[^/]*)?", spec)
+    assert host is not None  # it may be empty
+    found = re.compile(r":(?!//)").search(spec, host.end())
     return (spec, None) if found is None else (spec[: found.start()], spec[found.end() :])
+
+
+def is_file_alone(spec: str) -> bool:
+    """Tell whether a spec is that of an encoder file, which says what it is, by its name."""
+    return spec.endswith(".pt") and split_spec(spec)[1] is None
 
 
 def rgb(values: Sequence[float | int]) -> tuple[float, float, float]:

@@ -14,7 +14,7 @@ from tarsift.operators import storage
 from tarsift.operators.architectures import model_config
 from tarsift.operators.checkpoints import Base, load_checkpoint, state_sha256
 from tarsift.operators.encoder import short_name
-from tarsift.operators.encoder_settings import split_spec
+from tarsift.operators.encoder_settings import is_file_alone
 from tarsift.operators.errors import AccessError, Interrupted, TarsiftError, UsageError
 from tarsift.operators.shards import Shard
 from tarsift.operators.towers import LoadedEncoder
@@ -53,7 +53,7 @@ def find_origin(config: PretrainConfig, out: str) -> Origin:
 
 def _read_base(spec: str, name: str) -> tuple[dict[str, Any], Base, Callable[[], Mapping[str, torch.Tensor]]]:
     """Return architecture, description and weights of a base; an encoder file of tarsift's says all of it."""
-    if spec.endswith(".pt") and split_spec(spec)[1] is None and storage.exists(spec):
+    if is_file_alone(spec) and storage.exists(spec):
         file = load_checkpoint(spec)
         base = Base(name, state_sha256(file.state_dict), file.trained_on, file.total_steps, file.unknown_base)
         return file.config, base, lambda: file.state_dict

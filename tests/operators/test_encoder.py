@@ -382,6 +382,8 @@ def test_embeddings_of_a_gpu_are_near_those_of_a_cpu(spec, encode):
     [
         ("/models/enc.pt", "enc.pt"),
         ("s3://bucket/models/enc.pt", "enc.pt"),
+        ("http://store:9000/models/enc.pt", "enc.pt"),
+        ("http://store:9000/a.json:http://store:9000/w.pt", "http://store:9000/a.json:w.pt"),
         ("RN50:/models/cc3m.pt", "RN50:cc3m.pt"),
         ("ViT-B-32:laion2b_s34b_b79k", "ViT-B-32:laion2b_s34b_b79k"),
         ("hf-hub:org/name", "hf-hub:org/name"),
