@@ -15,7 +15,6 @@ from tarsift.operators import storage
 from tarsift.operators.grouped import read_groups, write_grouped
 from tarsift.operators.schema import append, matrix
 from tarsift.operators.sift_settings import SiftConfig
-from tarsift.sifters.methods import RESUMABLE, sift
 from tarsift.sifters.problems import UNROUTED, Problem
 
 CHECKPOINTS = ".checkpoints"
@@ -57,6 +56,8 @@ class SiftProblem:
         Raises:
             ValueError: if the problem cannot be sifted: a class alone, or a sifter that learned nothing.
         """
+        from tarsift.sifters.methods import RESUMABLE, sift  # with torch and torchvision, which take seconds to load
+
         files = (storage.join(self.gathered, f"{shard}.parquet") for shard in self.shards)
         table = pa.concat_tables(read_groups(file, problem.classes) for file in files)
         labels = np.asarray(table["class"].combine_chunks(), np.int64)

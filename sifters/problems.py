@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Int32, Int64
-from sklearn.cluster import KMeans, MiniBatchKMeans
 
 from tarsift.sifters.settings import RoutingConfig
 
@@ -63,6 +62,8 @@ def classes_by_caption(
     Raises:
         ValueError: the dump is too small for two classes.
     """
+    from sklearn.cluster import MiniBatchKMeans  # loaded where it is used: tasks that route load this module, too
+
     config = config or RoutingConfig()
     rows = np.ascontiguousarray(captions[captions.any(axis=1)], np.float32)
     wanted = min(round(total / config.class_size), len(np.unique(rows, axis=0)))
@@ -119,6 +120,8 @@ def make_problems(
 
 
 def _split(parts: list[Float32[np.ndarray, "m d"]], largest: float, state: int) -> list[Float32[np.ndarray, "m d"]]:
+    from sklearn.cluster import KMeans
+
     out = []
     while parts:
         part = parts.pop()

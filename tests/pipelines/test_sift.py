@@ -4,6 +4,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -28,6 +30,11 @@ ROUTING = [
     "sift.most_duplicates=1", "sift.method.baseline.models=1",
 ]  # fmt: skip
 SMALL = ["suspicion.published_ks=[8, 16]", "suspicion.reference_size=64"]
+
+
+def test_drivers_and_tasks_that_join_load_no_torch():
+    code = "import sys, tarsift.pipelines.sift; sys.exit(str([m for m in ('torch', 'sklearn') if m in sys.modules]))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == "[]"
 
 
 @pytest.fixture(scope="module")
