@@ -51,7 +51,9 @@ def child_of(parent: int) -> int:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_requests_to_stop_reach_the_child(number):
-    work = f"[signal.signal({number:d}, lambda *_: sys.exit(75)), print('ready', flush=True), time.sleep(60)]"
+    # A signal that comes when a sleep is about to begin does not cut it short: many short ones.
+    sleeps = "[time.sleep(0.01) for _ in range(6000)]"
+    work = f"[signal.signal({number:d}, lambda *_: sys.exit(75)), print('ready', flush=True), {sleeps}]"
     process = subprocess.Popen([sys.executable, "-c", CODE.format(work)], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
     process.send_signal(number)
