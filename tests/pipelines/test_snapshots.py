@@ -90,26 +90,24 @@ def test_a_training_that_has_ended_is_not_done_again(shards, tmp_path):
     assert {**asdict(again), "wall_s": 0} == {**asdict(first), "wall_s": 0, "went_on_from": 2}
 
     def done_anew(prepare=lambda: None, **settings):
-        train()
         prepare()
         train(**settings)
         return len(steps) == settings.get("steps", 2)
-
-    assert done_anew(force=True)
-    assert done_anew(steps=3)
-    assert done_anew(seed=1)
-    assert done_anew(losses.unlink)
-    assert done_anew(lambda: losses.write_bytes(b"no Parquet"))
-    assert done_anew(lambda: out.write_bytes(b"no encoder"))
 
     def change_a_weight():
         content = torch.load(out, weights_only=True)
         content["state_dict"]["logit_scale"] += 1
         torch.save(content, out)
 
+    assert done_anew(force=True)
+    assert done_anew(losses.unlink)
+    assert done_anew(lambda: losses.write_bytes(b"no Parquet"))
+    assert done_anew(lambda: out.write_bytes(b"no encoder"))
     assert done_anew(change_a_weight)
     assert train().weights_sha256 == first.weights_sha256
     assert not steps
+    assert done_anew(seed=1)
+    assert done_anew(steps=3)
 
 
 def test_dropout_depends_on_the_seed_alone_and_leaves_the_callers_random_state(shards, tmp_path, dropping):
