@@ -123,8 +123,12 @@ class Job:
         }
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings as files tell them, with the version of how they are understood."""
-        return {"version": VERSION, **self.snapshots().settings}
+        """Return the settings as files tell them, with the version of how they are understood and all of reading.
+
+        A snapshot does without the latter: that the pairs are the same is seen when they are loaded.
+        """
+        read = self.config.read.model_dump(mode="json")
+        return {"version": VERSION, "read": read, **self.snapshots().settings}
 
     def snapshots(self) -> Snapshots:
         return Snapshots(self.out, self.settings(), every_s=self.config.snapshot_s)
@@ -148,8 +152,10 @@ class Job:
             raise
         except TarsiftError:  # something else, which is replaced
             return None
+        if file.extra.get("job") != self.identity():
+            return None
         digest = state_sha256(file.state_dict)
-        if (file.extra.get("job"), file.extra.get("weights_sha256")) != (self.identity(), digest):
+        if file.extra["weights_sha256"] != digest:
             return None
         if self.config.losses is not None and not are_of(self.config.losses, digest):
             return None

@@ -11,6 +11,7 @@ import torch
 from tarsift.operators import storage
 from tarsift.operators.errors import ChangedError, Interrupted, TarsiftError, UsageError
 from tarsift.operators.models import load_checkpoint, model_config
+from tarsift.operators.shards import ReadConfig
 from tarsift.pipelines.pretrain import PretrainConfig, pretrain_here
 from tarsift.pipelines.snapshots import Snapshots
 from tarsift.pipelines.training import TrainConfig
@@ -108,6 +109,7 @@ def test_a_training_that_has_ended_is_not_done_again(shards, tmp_path):
     assert not steps
     assert done_anew(seed=1)
     assert done_anew(steps=3)
+    assert done_anew(steps=3, read=ReadConfig(max_image_bytes=1 << 20))
 
 
 def test_dropout_depends_on_the_seed_alone_and_leaves_the_callers_random_state(shards, tmp_path, dropping):
