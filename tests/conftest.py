@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import os
-import subprocess
 import tarfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # bits depend on it; and pools spinning on shared cores cost much
@@ -73,18 +72,6 @@ def make_dump(folder, *, shards: int = 5, samples: int = 80, flaws: bool = True,
 def dump(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dump")
     make_dump(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory):
-    """A folder with `dump`, of 8 shards, its `enc.pt`, and `whole`: what an undisturbed `clean` made of it."""
-    from tests.pipelines.runs import clean
-
-    folder = tmp_path_factory.mktemp("undisturbed")
-    make_dump(folder / "dump", shards=8, samples=60)
-    own = make_encoder(folder / "enc.pt", folder / "dump")
-    subprocess.run(clean(folder / "dump", folder / "whole", own), check=True, timeout=300)
     return folder
 
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import make_dump, make_encoder
-from tests.pipelines.runs import tarsift
+from tests.pipelines.runs import ray_head, tarsift
 
 SMALL = ("suspicion.published_ks=[8]", "suspicion.reference_size=64", "suspicion.candidates=200", "ingest.epochs=1")
 
@@ -22,7 +22,14 @@ def ingest(folder, state, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def joined():
+    """The environment by which commands join a Ray that is there."""
+    with ray_head() as environment:
+        yield environment
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, joined):
     """Encoders, a state of one night, and the shards of a second one."""
     folder = tmp_path_factory.mktemp("ingest-kill")
     make_dump(folder / "before", shards=2, samples=60, flaws=False, seed=9)
@@ -32,7 +39,7 @@ def world(tmp_path_factory):
     (folder / "dump").mkdir()
     for name in ("00000.tar", "00001.tar"):
         shutil.copy2(folder / "all" / name, folder / "dump" / name)
-    subprocess.run(ingest(folder, folder / "one", "-q"), check=True, timeout=300)
+    subprocess.run(ingest(folder, folder / "one", "-q"), env=joined, check=True, timeout=300)
     for name in ("00002.tar", "00003.tar.gz"):
         shutil.copy2(folder / "all" / name, folder / "dump" / name)
     return folder
@@ -48,13 +55,13 @@ STEPS = (
 
 
 @pytest.fixture(scope="module")
-def twice(world):
+def twice(world, joined):
     """A state in which the second night was attempted, and once more while that was on: how the other attempt ended."""
     state = world / "twice"
     shutil.copytree(world / "one", state)
-    first = subprocess.Popen(ingest(world, state, "-q"), start_new_session=True)
+    first = subprocess.Popen(ingest(world, state, "-q"), env=joined, start_new_session=True)
     wait_for(state / "nights" / "0002" / "night.json", first)
-    second = subprocess.run(ingest(world, state, "-q"), timeout=300, capture_output=True, text=True)
+    second = subprocess.run(ingest(world, state, "-q"), env=joined, timeout=300, capture_output=True, text=True)
     assert first.wait(timeout=300) == 0
     return state, second
 
@@ -68,14 +75,14 @@ def wait_for(path, child) -> None:
 
 
 @pytest.mark.slow
-def test_a_night_killed_at_every_step_ends_as_one_that_was_not(world, twice, tmp_path):
+def test_a_night_killed_at_every_step_ends_as_one_that_was_not(world, twice, joined, tmp_path):
     (undisturbed, _), state = twice, tmp_path / "state"
     shutil.copytree(world / "one", state)
     killed, ended = 0, False
     for step in STEPS:
         if (state / step).exists():  # done before the last kill was
             continue
-        child = subprocess.Popen(ingest(world, state, "-q"), start_new_session=True)
+        child = subprocess.Popen(ingest(world, state, "-q"), env=joined, start_new_session=True)
         wait_for(state / step, child)
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
@@ -84,7 +91,7 @@ def test_a_night_killed_at_every_step_ends_as_one_that_was_not(world, twice, tmp
         ended = step == STEPS[-1] and records == ["0001.json", "0002.json"]  # its record follows within milliseconds
         assert ended or records == ["0001.json"]
     assert killed - ended >= 3
-    done = subprocess.run(ingest(world, state, "--json"), check=True, timeout=300, capture_output=True)
+    done = subprocess.run(ingest(world, state, "--json"), env=joined, check=True, timeout=300, capture_output=True)
     assert json.loads(done.stdout)["night"] == (None if ended else 2)
     for role in ("detect", "witness"):
         a, b = (pq.read_table(place / "reference" / "0002" / role / "rows.parquet") for place in (state, undisturbed))
@@ -100,9 +107,9 @@ def test_a_night_killed_at_every_step_ends_as_one_that_was_not(world, twice, tmp
 
 
 @pytest.mark.slow
-def test_of_two_attempts_at_once_one_is_told_to_come_again(world, twice):
+def test_of_two_attempts_at_once_one_is_told_to_come_again(world, twice, joined):
     state, second = twice
     assert second.returncode == 75
     assert "is being worked on by" in second.stderr
-    after = subprocess.run(ingest(world, state, "--json"), check=True, timeout=300, capture_output=True)
+    after = subprocess.run(ingest(world, state, "--json"), env=joined, check=True, timeout=300, capture_output=True)
     assert json.loads(after.stdout)["night"] is None
