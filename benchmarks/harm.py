@@ -86,13 +86,13 @@ def _raylets(node: Any) -> list[Any]:
 
 
 def is_worker(title: str) -> bool:
-    """Tell whether a worker runs a task of tarsift's, of which there are these; actors are none of them."""
+    """Tell whether a worker runs a task of tarsift's, of which there are these; encoders are none of them."""
     tasks = ("MapBatches", "_fold_some", "write_shard", "fit_", "_fit_", "_merge_and_tidy")
-    return title.startswith("ray::") and any(task in title for task in tasks) and not is_actor(title)
+    return title.startswith("ray::") and any(task in title for task in tasks) and not is_encoder(title)
 
 
-def is_actor(title: str) -> bool:
-    return title.startswith("ray::MapWorker")
+def is_encoder(title: str) -> bool:
+    return title.startswith("ray::MapBatches(encode)")
 
 
 # Kinds of faults: each does its harm and returns what was hit.
@@ -134,9 +134,9 @@ def freeze_worker(case: Case) -> str:
     return title(case.frozen)
 
 
-def kill_actor(case: Case) -> str:
-    os.kill(case.wait_for_process(is_actor), signal.SIGKILL)
-    return "ray::MapWorker"
+def kill_encoder(case: Case) -> str:
+    os.kill(case.wait_for_process(is_encoder), signal.SIGKILL)
+    return "encoder"
 
 
 def lose_node(case: Case) -> str:

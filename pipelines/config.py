@@ -62,16 +62,16 @@ class ResourcesConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     workers: Annotated[
-        int | None, Field(ge=1, description="encoder and scoring actors; None chooses from the cluster")
+        int | None, Field(ge=1, description="encoders at once, and scorers on GPUs; None chooses from the cluster")
     ] = None
     gpus_per_worker: Annotated[
-        float | None, Field(ge=0, description="GPU share of an encoder actor; None = 1 if there are GPUs")
+        float | None, Field(ge=0, description="GPU share of an encoder; None = 1 if there are GPUs")
     ] = None
     cpus_per_worker: Annotated[
-        float | None, Field(gt=0, description="CPUs that an actor reserves; None = 0.2 to encode, 1 to score")
+        float | None, Field(gt=0, description="CPUs that a worker reserves; None = 0.2 to encode, 1 to score")
     ] = None
-    threads: Annotated[int, Field(ge=1, description="threads of the mathematics in one actor")] = 1
-    batch_size: Annotated[int, Field(ge=1, description="rows handed to an actor at once")] = 512
+    threads: Annotated[int, Field(ge=1, description="threads of the mathematics in one worker")] = 1
+    batch_size: Annotated[int, Field(ge=1, description="rows handed to a worker at once")] = 512
     wave_shards: Annotated[int, Field(ge=1, description="shards handed to Ray at once")] = 256
     stall_timeout_s: Annotated[
         float, Field(gt=0, description="seconds without any progress of a pass after which the run fails")

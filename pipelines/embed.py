@@ -1,11 +1,10 @@
-"""Shards to embeddings: read, hash and decode on CPUs, encode in actors, commit shard by shard."""
+"""Shards to embeddings: read, hash and decode on CPUs, encode, commit shard by shard."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import ray
 
@@ -24,28 +23,16 @@ from tarsift.operators.imported import (
 )
 from tarsift.operators.shards import Shard, list_shards
 from tarsift.operators.sides import FEATURES
-from tarsift.pipelines.commit import SINK_CPUS, PassResult, run_pass
-from tarsift.pipelines.config import CleanConfig, ResourcesConfig
+from tarsift.pipelines.commit import PassResult, run_pass
+from tarsift.pipelines.config import CleanConfig
+from tarsift.pipelines.encoding import READ_CPUS, encode_rows, gpu_share
 from tarsift.pipelines.ledger import Ledger, fingerprint, records_of
 from tarsift.pipelines.metrics import reported
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.reading import read_joined, read_pictures, shard_items
-from tarsift.pipelines.session import ACTOR_OPTIONS, map_tables, session
+from tarsift.pipelines.session import map_tables, session
 
-# Ray fuses a stage into the one behind it when both ask for the same resources; reading and decoding
-# would then run in the encoders' actors. Ray Data keeps a part of the CPUs back for every stage; with these shares
-# (and those of the sink) it still runs a reader per CPU beside an actor per CPU.
-READ_CPUS = 0.5
-ENCODE_CPUS = 0.2
 VIEWS = 3  # of the encoder that gives sifters their features
-SHARDS_PER_ACTOR = 8  # an actor takes seconds to start; for fewer shards another one is not worth it
-
-
-def gpu_share(resources: ResourcesConfig) -> float:
-    """GPUs of one encoder actor: as asked for, else one where the cluster has any."""
-    if resources.gpus_per_worker is not None:
-        return resources.gpus_per_worker
-    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
 
 
 def settled(config: CleanConfig) -> CleanConfig:
@@ -56,29 +43,6 @@ def settled(config: CleanConfig) -> CleanConfig:
         for role, encoder in config.encoders.items()
     }
     return config.model_copy(update={"encoders": encoders})
-
-
-def encoder_actors(resources: ResourcesConfig, shards: int) -> dict[str, Any]:
-    """Choose pool size and resources of the encoder actors from the cluster, the settings and the work there is.
-
-    On CPUs a dump of many shards gets an actor and a reader per CPU, and whichever of the two has more to do
-    takes the time: a large encoder nearly all of it, a small one little.
-    """
-    cluster = ray.cluster_resources()
-    gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 1))
-    per_worker = gpu_share(resources)
-    if resources.workers is not None:
-        workers = resources.workers
-    elif per_worker:
-        workers = max(1, int(gpus / per_worker))
-    else:
-        workers = max(1, min(cpus // resources.threads, -(-shards // SHARDS_PER_ACTOR)))
-    options: dict[str, Any] = {"compute": ray.data.ActorPoolStrategy(size=workers), **ACTOR_OPTIONS}
-    if per_worker:
-        return options | {"num_gpus": per_worker}
-    # Actors that held every CPU would wait for ever for the tasks that read and write beside them.
-    share = max(cpus - READ_CPUS - SINK_CPUS, SINK_CPUS) / workers
-    return options | {"num_cpus": min(resources.cpus_per_worker or ENCODE_CPUS, share)}
 
 
 def embed_fingerprint(config: CleanConfig, role: str, info: EncoderInfo) -> str:
@@ -146,13 +110,8 @@ def embed_pass(
             {"read": config.read, "images": config.images, "info": info, "folder": storage.join(out, folder)},
             num_cpus=READ_CPUS,
         )
-        return pictures.map_batches(
-            ClipEncoder,
-            fn_constructor_kwargs={"encoder": encoder, "weights_sha256": info.weights_sha256},
-            batch_size=resources.batch_size,
-            batch_format="pyarrow",
-            **encoder_actors(resources, len(wave)),
-        )
+        arguments = {"encoder": encoder, "weights_sha256": info.weights_sha256}
+        return encode_rows(pictures, ClipEncoder, arguments, resources, shards=len(wave))
 
     if given is None:
         return commit(encode), ledger, info

@@ -120,13 +120,15 @@ Budget = Annotated[
         "--budget", min=1, help="Problems at most, spent on the most suspicious classes.", rich_help_panel=SIFT
     ),
 ]
-Workers = Annotated[int | None, typer.Option(min=1, help="Encoder and scoring actors.", rich_help_panel=SPREAD)]
-GpusPerWorker = Annotated[
-    float | None, typer.Option("--gpus-per-worker", min=0, help="GPU share of an actor.", rich_help_panel=SPREAD)
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Encoders at once, and scorers on GPUs.", rich_help_panel=SPREAD)
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of an actor.", rich_help_panel=SPREAD)]
+GpusPerWorker = Annotated[
+    float | None, typer.Option("--gpus-per-worker", min=0, help="GPU share of an encoder.", rich_help_panel=SPREAD)
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of a worker.", rich_help_panel=SPREAD)]
 BatchSize = Annotated[
-    int | None, typer.Option("--batch-size", min=1, help="Rows handed to an actor at once.", rich_help_panel=SPREAD)
+    int | None, typer.Option("--batch-size", min=1, help="Rows handed to a worker at once.", rich_help_panel=SPREAD)
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

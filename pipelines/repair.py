@@ -31,7 +31,7 @@ from tarsift.operators.storage import join
 from tarsift.operators.stored import ReadStored, Stored, put_table
 from tarsift.operators.trace_verdict import Question
 from tarsift.pipelines.choosing import choose_random
-from tarsift.pipelines.embed import gpu_share
+from tarsift.pipelines.encoding import gpu_share
 from tarsift.pipelines.notebook import html_table
 from tarsift.pipelines.passes import embed_name
 from tarsift.pipelines.pretrain import pretrain

@@ -26,7 +26,8 @@ from tarsift.operators.scorer import ScoreDensity
 from tarsift.operators.sides import DETECT, WITNESS, Sides, choose_sides
 from tarsift.pipelines.blocks import Blocks, beside, fold_blocks, map_blocks, numbered, slices
 from tarsift.pipelines.config import CleanConfig
-from tarsift.pipelines.embed import READ_CPUS, encoder_actors, settled
+from tarsift.pipelines.embed import settled
+from tarsift.pipelines.encoding import READ_CPUS, encode_rows
 from tarsift.pipelines.fitting import fit_enriched, fit_reference
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.rules import load_arrays
@@ -35,7 +36,6 @@ from tarsift.pipelines.score import BOTH_TOWERS, Search, last_maps
 from tarsift.pipelines.session import data_settings, map_tables, session
 from tarsift.pipelines.trusted import TrustedReference
 
-MANY = 1 << 20  # shards: how many rows there are is not known, and the pool of actors grows with the work
 READ_ROWS = 64  # of one's own images, decoded at once
 MAKERS = ("ClipEncoder", "CountCopies", "SmoothScores", "ScoreMismatch", "Judge")
 WRITTEN = {name for name, column in COLUMNS.items() if column.written_by.startswith(MAKERS)}
@@ -204,23 +204,19 @@ def _encode(
     trusted = None
     if config.reference.path:
         trusted = TrustedReference.find(storage.absolute(config.reference.path), infos[DETECT].weights_sha256)
-    actors = encoder_actors(config.resources, MANY)
-    actors["compute"] = ray.data.ActorPoolStrategy(min_size=1, max_size=actors["compute"].max_size)
     rows = map_tables(ds, _identified, {"identify": _identify(columns, config)}, num_cpus=READ_CPUS)
     last = [*infos][-1]
     for role, info in infos.items():
         rows = map_tables(rows, _decoded, {"decode": _decode(columns, config, info)}, num_cpus=READ_CPUS)
         lost = [OWN + name for name in columns.left_out] if role == last else []
+        prefix = "" if role == next(iter(infos)) else f"{role}_"
         arguments = {
             "encoder": config.encoders[role].model_copy(update={"threads": config.resources.threads}),
             "weights_sha256": info.weights_sha256,
-            "prefix": "" if role == next(iter(infos)) else f"{role}_",
+            "prefix": prefix,
             "without": lost,
         }
-        rows = rows.map_batches(
-            EncodeRole, fn_constructor_kwargs=arguments, batch_size=config.resources.batch_size,
-            batch_format="pyarrow", **actors,
-        )  # fmt: skip
+        rows = encode_rows(rows, EncodeRole, arguments, config.resources, shards=None, kind=f"{prefix}encoder")
     progress(Event("embed", 0, 1, unit="Dataset"))
     tables, samples = [], 0
     for bundle in rows.iter_internal_ref_bundles():

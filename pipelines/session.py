@@ -147,6 +147,7 @@ def data_settings(context: ray.data.DataContext, stall_timeout_s: float, **more:
             # Ray 2.60 announces named parameters for all options; those for retries are not there yet.
             warnings.filterwarnings("ignore", message=".*ray_remote_args.*is deprecated")
             warnings.filterwarnings("ignore", message=".*retried_io_errors.*substring")
+            warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks")  # of few shards
             for name, value in settings.items():
                 setattr(context, name, value)
             yield

@@ -39,7 +39,7 @@ from tarsift.operators.storage import join
 from tarsift.operators.stored import ReadStored, Stored
 from tarsift.pipelines.commit import run_pass, run_whole
 from tarsift.pipelines.config import CleanConfig
-from tarsift.pipelines.embed import gpu_share
+from tarsift.pipelines.encoding import gpu_share
 from tarsift.pipelines.flag import select_top, tie_hashes
 from tarsift.pipelines.folding import run_fold
 from tarsift.pipelines.ledger import Ledger

@@ -34,7 +34,7 @@ RN50_PER_CPU_S = 4.38
 RUN_BYTES = 5.3 * GB
 WORKER_BYTES = 0.155 * GB
 ENCODER_BYTES = 1.0 * GB
-# Code: a reader takes half a CPU (`embed.READ_CPUS`).
+# Code: a reader takes half a CPU (`encoding.READ_CPUS`).
 WORKERS_PER_CPU = 2
 # Assumed: what a process on a GPU holds on the host, for CUDA and its libraries.
 GPU_PROCESS_BYTES = 4.0 * GB

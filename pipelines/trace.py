@@ -47,7 +47,7 @@ from tarsift.operators.tracer import (
     said_of,
 )
 from tarsift.pipelines.choosing import SUSPICION, Alike, by_suspicion, choose, choose_random
-from tarsift.pipelines.embed import gpu_share
+from tarsift.pipelines.encoding import gpu_share
 from tarsift.pipelines.ledger import Ledger, fingerprint
 from tarsift.pipelines.notebook import html_table
 from tarsift.pipelines.passes import embed_name

@@ -40,7 +40,7 @@ def test_what_is_called_measured_stands_in_the_results():
 def test_constants_of_the_code_are_those_of_the_code():
     from tarsift.clip_detect.suspicion import SuspicionConfig
     from tarsift.pipelines.config import ResourcesConfig
-    from tarsift.pipelines.embed import READ_CPUS
+    from tarsift.pipelines.encoding import READ_CPUS
     from tarsift.pipelines.session import BLOCK_BYTES
 
     assert sizing.BLOCK_BYTES == BLOCK_BYTES
