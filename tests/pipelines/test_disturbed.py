@@ -31,23 +31,29 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-def test_killed_drivers(undisturbed):
+@pytest.fixture(scope="module")
+def joined():
+    """The environment by which commands join a Ray that is there."""
+    with ray_head() as environment:
+        yield environment
+
+
+def test_killed_drivers(undisturbed, joined):
     out, killed = undisturbed / "killed", 0
     command = clean(undisturbed / "dump", out, undisturbed / "enc.pt")
     before: dict[str, dict[str, int]] = {}
-    with ray_head() as environment:
-        for name, whole in (*PASSES.items(), ("report", 0)):
-            there = len(records(out, name))
-            if there == whole and name != "report":  # done before the run that was to be killed in an earlier pass was
-                continue
-            child = subprocess.Popen(command, env=environment, start_new_session=True)
-            wait_for(child, out, *(("write", SHARDS) if name == "report" else (name, there + 1)))
-            time.sleep(random.Random(name).uniform(0, 0.3))
-            os.kill(child.pid, signal.SIGKILL)
-            child.wait()
-            killed += 1
-            before = not_done_again(out, before)
-        subprocess.run(command, env=environment, check=True, timeout=300)
+    for name, whole in (*PASSES.items(), ("report", 0)):
+        there = len(records(out, name))
+        if there == whole and name != "report":  # done before the run that was to be killed in an earlier pass was
+            continue
+        child = subprocess.Popen(command, env=joined, start_new_session=True)
+        wait_for(child, out, *(("write", SHARDS) if name == "report" else (name, there + 1)))
+        time.sleep(random.Random(name).uniform(0, 0.3))
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        killed += 1
+        before = not_done_again(out, before)
+    subprocess.run(command, env=joined, check=True, timeout=300)
     not_done_again(out, before)
     assert killed >= 4
     assert contents(out) == contents(undisturbed / "whole")
@@ -63,11 +69,12 @@ def not_done_again(out, before: dict[str, dict[str, int]]) -> dict[str, dict[str
     return after
 
 
-def test_asked_to_stop_and_run_twice_at_once(undisturbed):
-    out, before = undisturbed / "stopped", {}
+def test_asked_to_stop_and_run_twice_at_once(undisturbed, joined):
+    """At first with a Ray of its own, which ends with it."""
+    out, before, environment = undisturbed / "stopped", {}, None
     command = clean(undisturbed / "dump", out, undisturbed / "enc.pt")
     for name, number in (("embed.detect", signal.SIGTERM), ("score", signal.SIGINT), ("write", signal.SIGTERM)):
-        child = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
+        child = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE)
         wait_for(child, out, name)
         child.send_signal(number)
         _, told = child.communicate(timeout=60)
@@ -76,13 +83,13 @@ def test_asked_to_stop_and_run_twice_at_once(undisturbed):
         assert b"Traceback" not in told
         for passed, entries in before.items():
             assert entries == {shard: records(out, passed)[shard] for shard in entries}, passed
-        before[name] = records(out, name)
+        before[name], environment = records(out, name), joined
     holder = last_holder(str(out))
-    last = subprocess.Popen(command, start_new_session=True)
+    last = subprocess.Popen(command, env=joined, start_new_session=True)
     while last_holder(str(out)) == holder:  # it is held before Ray is there
         assert last.poll() is None
         time.sleep(0.01)
-    refused = subprocess.run(command, capture_output=True, timeout=120)
+    refused = subprocess.run(command, env=joined, capture_output=True, timeout=120)
     assert refused.returncode == 75
     assert b"is being worked on by process" in refused.stderr
     assert last.wait(timeout=300) == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 
 import numpy as np
@@ -14,12 +13,19 @@ import pytest
 from tarsift.pipelines.verify import verify
 from tests.conftest import make_dump, picture, write_shard
 from tests.operators.hostile_decoder import HANG, KILL, hostile
-from tests.pipelines.runs import clean, tarsift
+from tests.pipelines.runs import clean, ray_head, tarsift
 
 pytestmark = pytest.mark.slow
 
 
-def test_images_that_kill_or_hang_their_decoder_are_lost_alone(tmp_path, encoder):
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """The environment of commands, and of the Ray they join, in which images with a word behind them do harm."""
+    with ray_head({"PYTHONPATH": hostile(tmp_path_factory.mktemp("hostile") / "site")}) as environment:
+        yield environment | {"COLUMNS": "1000"}
+
+
+def test_images_that_kill_or_hang_their_decoder_are_lost_alone(tmp_path, encoder, environment):
     make_dump(tmp_path / "dump", shards=3, samples=60, flaws=False)
     rng = np.random.default_rng(9)
     for name, hostile_rows in (("kills", {20: KILL, 40: HANG}), ("hangs", {30: HANG})):
@@ -27,7 +33,6 @@ def test_images_that_kill_or_hang_their_decoder_are_lost_alone(tmp_path, encoder
         for row, word in hostile_rows.items():
             rows[row]["jpg"] += word
         write_shard(tmp_path / "dump" / f"{name}.tar", rows, first=0)
-    environment = os.environ | {"PYTHONPATH": hostile(tmp_path / "site")}
     run = clean(tmp_path / "dump", tmp_path / "out", encoder, "--set", "images.timeout_s=3")
     subprocess.run(run, check=True, timeout=400, env=environment)
     flags = pa.concat_tables(pq.read_table(p) for p in sorted((tmp_path / "out" / "flags").glob("*.parquet")))
@@ -42,13 +47,12 @@ def test_images_that_kill_or_hang_their_decoder_are_lost_alone(tmp_path, encoder
     assert json.loads(looked.stdout)["problems"] == {"decoder_died": 3}
 
 
-def test_poison_and_pretrain_lose_such_images_alone(tmp_path):
+def test_poison_and_pretrain_lose_such_images_alone(tmp_path, environment):
     make_dump(tmp_path / "dump", shards=2, samples=40, flaws=False)
     rows = [{"jpg": picture(np.random.default_rng(i)), "txt": b"a photo of a thing"} for i in range(40)]
     for row in (0, 20, 39):
         rows[row]["jpg"] += KILL
     write_shard(tmp_path / "dump" / "kills.tar", rows, first=0)
-    environment = os.environ | {"PYTHONPATH": hostile(tmp_path / "site"), "COLUMNS": "1000"}
 
     def run(*command):
         return subprocess.run(tarsift(*command), check=True, timeout=300, env=environment, capture_output=True).stdout
