@@ -62,8 +62,10 @@ def encode_rows(
         options = {"num_gpus": per_worker, "compute": pool, **ACTOR_OPTIONS}
         return rows.map_batches(maker, fn_constructor_kwargs=dict(arguments), **batches, **options)
     cpus = int(cluster.get("CPU", 1))
-    most = cpus // resources.threads if shards is None else -(-shards // SHARDS_PER_WORKER)
-    workers = resources.workers or max(1, min(cpus // resources.threads, most))
+    most = cpus // resources.threads
+    if shards is not None:
+        most = min(most, -(-shards // SHARDS_PER_WORKER))
+    workers = resources.workers or max(1, most)
     # Encoders that held every CPU would wait for ever for what reads and writes beside them.
     share = max(cpus - READ_CPUS - SINK_CPUS, SINK_CPUS) / workers
     return rows.map_batches(

@@ -75,6 +75,15 @@ def dump(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def joined():
+    """The environment by which commands join a Ray that is there."""
+    from tests.pipelines.runs import ray_head
+
+    with ray_head() as environment:
+        yield environment
+
+
 @pytest.fixture(scope="session")
 def cleaned(tmp_path_factory, ray_session):
     """A folder with `dump`, of 3 shards in two folders and with uids as DataComp has them, and `out`: its `clean`."""

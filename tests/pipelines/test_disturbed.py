@@ -13,7 +13,7 @@ import pytest
 
 from tarsift.pipelines.lock import last_holder
 from tests.conftest import make_dump, make_encoder
-from tests.pipelines.runs import clean, contents, ray_head, records, wait_for
+from tests.pipelines.runs import clean, contents, records, wait_for
 
 pytestmark = pytest.mark.slow
 SHARDS = 8
@@ -29,13 +29,6 @@ def undisturbed(tmp_path_factory):
     own = make_encoder(folder / "enc.pt", folder / "dump")
     subprocess.run(clean(folder / "dump", folder / "whole", own), check=True, timeout=300)
     return folder
-
-
-@pytest.fixture(scope="module")
-def joined():
-    """The environment by which commands join a Ray that is there."""
-    with ray_head() as environment:
-        yield environment
 
 
 def test_killed_drivers(undisturbed, joined):

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import make_dump, make_encoder
-from tests.pipelines.runs import ray_head, tarsift
+from tests.pipelines.runs import tarsift
 
 SMALL = ("suspicion.published_ks=[8]", "suspicion.reference_size=64", "suspicion.candidates=200", "ingest.epochs=1")
 
@@ -19,13 +19,6 @@ SMALL = ("suspicion.published_ks=[8]", "suspicion.reference_size=64", "suspicion
 def ingest(folder, state, *more: str) -> list[str]:
     roles = [f"--encoder={role}={folder / file}" for role, file in (("detect", "base.pt"), ("witness", "witness.pt"))]
     return tarsift("ingest", str(folder / "dump"), "--state", str(state), *roles, *(f"--set={s}" for s in SMALL), *more)
-
-
-@pytest.fixture(scope="module")
-def joined():
-    """The environment by which commands join a Ray that is there."""
-    with ray_head() as environment:
-        yield environment
 
 
 @pytest.fixture(scope="module")
