@@ -45,7 +45,7 @@ from measuring import CpuMeter, hardware, write_shards
 from PIL import Image
 
 from tarsift.operators.decoding import ImageConfig, decode_image, fit_to_square, strict_pillow
-from tarsift.operators.encoder import EncoderConfig
+from tarsift.operators.encoder_settings import EncoderConfig
 from tarsift.operators.models import LoadedEncoder, build_model, load_encoder, model_config, save_checkpoint
 from tarsift.operators.schema import fixed_size_list
 from tarsift.operators.shards import ReadShard, list_shards

@@ -1,4 +1,4 @@
-"""The encoder as an operator: its settings, what is known of it, and the map that appends embeddings."""
+"""The encoder as an operator: the map that appends embeddings."""
 
 from __future__ import annotations
 
@@ -11,90 +11,12 @@ import torch
 from jaxtyping import Bool, Float, Float32, UInt8
 from pydantic import ValidationError
 
-from tarsift.operators import storage
-from tarsift.operators.checkpoints import load_checkpoint, state_sha256
 from tarsift.operators.dilution import dilute
-from tarsift.operators.encoder_settings import EncoderConfig, EncoderInfo, is_file_alone, rgb, split_spec
+from tarsift.operators.encoder_settings import EncoderConfig
 from tarsift.operators.errors import ChangedError, ConfigError, TarsiftError, UsageError
 from tarsift.operators.images import DecodeImages
-from tarsift.operators.imported import folder_of, imported_info, open_folder
-from tarsift.operators.regime import Regime, encoder_regime
 from tarsift.operators.schema import append, as_table, fixed_size_list, matrix
-from tarsift.operators.towers import (
-    LoadedEncoder,
-    choose_device,
-    cosines,
-    encode_captions,
-    encode_images,
-    norms,
-)
-
-__all__ = ["ClipEncoder", "EncoderConfig", "EncoderInfo", "Regime", "encoder_info", "encoder_regime"]
-
-
-def encoder_info(spec: str) -> EncoderInfo:
-    """Describe an encoder: its weights' digest, its sizes, what it was trained on.
-
-    An encoder file of tarsift's own says all of it. Any other encoder is loaded once on the CPU and let go. Of
-    `embeddings:FOLDER` only the folder is looked at; see `tarsift.operators.imported`.
-
-    Raises:
-        UsageError: if the model, the tag or the file does not exist, or they do not fit together.
-        TarsiftError: if the file is damaged or holds more than tensors.
-    """
-    folder = folder_of(spec)
-    if folder is not None:
-        return imported_info(open_folder(folder))
-    written = _info_in_file(spec)
-    if written is not None:
-        return written
-    from tarsift.operators.models import load_encoder  # with open_clip, which takes seconds to load
-
-    return info_of(load_encoder(spec))
-
-
-def _info_in_file(spec: str) -> EncoderInfo | None:
-    """Describe an encoder file as it does itself; None if it says too little, or is none."""
-    if not is_file_alone(spec) or not storage.exists(spec):
-        return None
-    checkpoint = load_checkpoint(spec)
-    try:
-        config, prepared = checkpoint.config, checkpoint.config["preprocess_cfg"]
-        size = config["vision_cfg"]["image_size"]
-        if not isinstance(size, int):
-            return None
-        return EncoderInfo(
-            name=short_name(spec),
-            weights_sha256=state_sha256(checkpoint.state_dict),
-            embed_dim=config["embed_dim"],
-            image_size=size,
-            mean=rgb(prepared["mean"]),
-            std=rgb(prepared["std"]),
-            interpolation=prepared["interpolation"],
-            resize_mode=prepared["resize_mode"],
-            context_length=config["text_cfg"]["context_length"],
-            trained_on=checkpoint.trained_on,
-            steps=checkpoint.total_steps,
-            unknown_base=checkpoint.unknown_base,
-        )
-    except KeyError:
-        return None
-
-
-def info_of(encoder: LoadedEncoder) -> EncoderInfo:
-    """Describe an encoder that is loaded."""
-    facts = {name: getattr(encoder, name) for name in EncoderInfo.__dataclass_fields__}
-    return EncoderInfo(**{**facts, "name": short_name(encoder.name)})
-
-
-def short_name(spec: str) -> str:
-    """Leave out the folders of an encoder's file: `RN50:/models/cc3m.pt` is `RN50:cc3m.pt`."""
-    if spec.startswith("hf-hub:"):
-        return spec
-    architecture, file = split_spec(spec)
-    if file is None:
-        return spec.rsplit("/", 1)[-1]
-    return f"{architecture}:{file.rsplit('/', 1)[-1]}"
+from tarsift.operators.towers import choose_device, cosines, encode_captions, encode_images, norms
 
 
 class ClipEncoder:
@@ -111,7 +33,7 @@ class ClipEncoder:
 
     Args:
         encoder: its settings, or its spec alone.
-        weights_sha256: digest that the weights must have, from `encoder_info`.
+        weights_sha256: digest that the weights must have, as `encoder_info` says.
         settings: fields of `EncoderConfig` that override.
 
     Raises:
@@ -140,9 +62,9 @@ class ClipEncoder:
         self.encoder = load_encoder(self.config.spec, device=self.device)
         if weights_sha256 not in (None, self.encoder.weights_sha256):
             raise ChangedError(
-                f"the weights of {self.encoder.name} were replaced while the run was on: their digest is "
-                f"{self.encoder.weights_sha256[:12]}, was {weights_sha256[:12]}. Put the earlier ones back and run "
-                "the same command again, or give another --out."
+                f"the weights of {self.encoder.name} have the digest {self.encoder.weights_sha256[:12]}, and not "
+                f"{weights_sha256[:12]} as when the run began: they were replaced while it was on, or the file is "
+                "damaged. Put the earlier ones back and run the same command again, or give another --out."
             )
         self.encoder.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.decode = DecodeImages(

@@ -32,7 +32,8 @@ from tarsift.operators.checkpoints import (
     load_weights,
     state_sha256,
 )
-from tarsift.operators.encoder_settings import rgb, split_spec
+from tarsift.operators.encoder_info import add_record
+from tarsift.operators.encoder_settings import EncoderInfo, rgb, split_spec
 from tarsift.operators.errors import UsageError
 from tarsift.operators.towers import PRECISIONS, LoadedEncoder
 
@@ -182,7 +183,7 @@ def save_checkpoint(
     extra: Mapping[str, Any] | None = None,
     base: Base | None = None,
 ) -> None:
-    """Write an encoder file that says what it is and what it was trained on.
+    """Write an encoder file that says what it is and what it was trained on, in a record of its own too.
 
     Args:
         url: where to, any fsspec URL.
@@ -195,20 +196,55 @@ def save_checkpoint(
         extra: more to record; plain types.
         base: what the weights had been before, if not random.
     """
-    content = {
+    checkpoint = Checkpoint(
+        config={**config, "preprocess_cfg": _written(asdict(preprocessing(config)))},
+        state_dict={k: v.detach().to("cpu").contiguous().clone() for k, v in model.state_dict().items()},
+        shards=dict(shards),
+        steps=steps,
+        samples=samples,
+        seed=seed,
+        extra=dict(extra or {}),
+        base=base,
+    )
+    content = {name: getattr(checkpoint, name) for name in Checkpoint.__dataclass_fields__}
+    content |= {
         "format": CHECKPOINT_FORMAT,
         "version": CHECKPOINT_VERSION,
-        "config": {**config, "preprocess_cfg": _written(asdict(preprocessing(config)))},
-        "state_dict": {k: v.detach().to("cpu").contiguous().clone() for k, v in model.state_dict().items()},
-        "shards": dict(shards),
-        "steps": steps,
-        "samples": samples,
-        "seed": seed,
-        "extra": dict(extra or {}),
         "base": None if base is None else asdict(base),
     }
+    info = _described(checkpoint)
     with storage.open_write(str(url)) as file:
         torch.save(content, file)
+        if info is not None:
+            add_record(file, info)
+
+
+def _described(checkpoint: Checkpoint) -> EncoderInfo | None:
+    """Describe what an encoder file holds; None where its config leaves something to be found out by loading it."""
+    config = checkpoint.config
+    prepared = config["preprocess_cfg"]
+    try:
+        size, dim, length = (
+            config["vision_cfg"]["image_size"], config["embed_dim"], config["text_cfg"]["context_length"]
+        )  # fmt: skip
+    except KeyError:
+        return None
+    if not isinstance(size, int):
+        return None
+    return EncoderInfo(
+        name="",
+        weights_sha256=state_sha256(checkpoint.state_dict),
+        embed_dim=dim,
+        image_size=size,
+        mean=rgb(prepared["mean"]),
+        std=rgb(prepared["std"]),
+        interpolation=prepared["interpolation"],
+        resize_mode=prepared["resize_mode"],
+        context_length=length,
+        trained_on=checkpoint.trained_on,
+        steps=checkpoint.total_steps,
+        unknown_base=checkpoint.unknown_base,
+    )
 
 
 def weights_sha256(model: torch.nn.Module) -> str:

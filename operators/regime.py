@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from tarsift.operators.encoder import EncoderInfo
+from tarsift.operators.encoder_settings import EncoderInfo
 
 RegimeCode = Literal["trained_on_this_dump", "partly", "not_trained_on_this_dump", "unknown"]
 

@@ -189,12 +189,12 @@ def create(url: str, data: bytes) -> bool:
 def open_write(url: str) -> Iterator[BinaryIO]:
     """Write a file that appears when the block ends, and not at all if it is left by an exception.
 
-    Parent folders are made on a local disk. Memory does not grow with the file.
+    Parent folders are made on a local disk. Memory does not grow with the file, which can be read back meanwhile.
     """
     fs, path = filesystem(url)
     if isinstance(fs, LocalFileSystem):
         with _beside(path) as beside:
-            with open(beside, "xb", buffering=1 << 20) as file:
+            with open(beside, "x+b", buffering=1 << 20) as file:
                 yield cast(BinaryIO, file)
                 file.flush()
                 os.fsync(file.fileno())  # or a loss of power could leave the new name with nothing in it

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import ray
 
 from tarsift.operators import storage
+from tarsift.operators.encoder_info import encoder_info
 from tarsift.operators.encoder_settings import EncoderConfig, EncoderInfo
 from tarsift.operators.errors import ChangedError, TarsiftError, UsageError
 from tarsift.operators.flag import unscorable
@@ -25,7 +26,7 @@ from tarsift.operators.shards import Shard, list_shards
 from tarsift.operators.sides import FEATURES
 from tarsift.pipelines.commit import PassResult, run_pass
 from tarsift.pipelines.config import CleanConfig
-from tarsift.pipelines.encoding import READ_CPUS, encode_rows, gpu_share
+from tarsift.pipelines.encoding import READ_CPUS, EncodeRole, encode_rows, gpu_share
 from tarsift.pipelines.ledger import Ledger, fingerprint, records_of
 from tarsift.pipelines.metrics import reported
 from tarsift.pipelines.progress import Event, Listener, silent
@@ -80,9 +81,6 @@ def embed_pass(
         ChangedError: if they were embedded by other weights, unless these are to `replace` them.
         UsageError: if embeddings that were made elsewhere lack something, or are of another dump.
     """
-    # Loading torch takes seconds, and most commands that import this module do not encode.
-    from tarsift.operators.encoder import ClipEncoder, encoder_info
-
     encoder = config.encoders[role].model_copy(update={"threads": config.resources.threads})
     imported = folder_of(encoder.spec)
     given = None if imported is None else open_folder(imported)
@@ -111,7 +109,7 @@ def embed_pass(
             num_cpus=READ_CPUS,
         )
         arguments = {"encoder": encoder, "weights_sha256": info.weights_sha256}
-        return encode_rows(pictures, ClipEncoder, arguments, resources, shards=len(wave))
+        return encode_rows(pictures, EncodeRole, arguments, resources, shards=len(wave))
 
     if given is None:
         return commit(encode), ledger, info

@@ -7,12 +7,14 @@ each encoder of a run; workers of tasks serve the next one. That is for CPUs alo
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import ray
 
+from tarsift.operators.encoder_settings import EncoderConfig
+from tarsift.operators.schema import append
 from tarsift.pipelines.commit import SINK_CPUS
 from tarsift.pipelines.config import ResourcesConfig
 from tarsift.pipelines.session import ACTOR_OPTIONS, TASK_OPTIONS
@@ -34,6 +36,32 @@ def gpu_share(resources: ResourcesConfig) -> float:
     return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
 
 
+class EncodeRole:
+    """Map: `ClipEncoder`, with torch only where it is made; it can name what it appends, and leave columns out.
+
+    Args:
+        encoder, weights_sha256: as of `ClipEncoder`.
+        prefix: before the names of what is appended; with one, `image_norm` is not.
+        without: columns that go, besides `pixels`.
+    """
+
+    def __init__(
+        self, encoder: EncoderConfig, weights_sha256: str, prefix: str = "", without: Sequence[str] = ()
+    ) -> None:
+        from tarsift.operators.encoder import ClipEncoder
+
+        self.encode = ClipEncoder(encoder, weights_sha256=weights_sha256)
+        self.prefix, self.without = prefix, ["pixels", *without]
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        given = [name for name in ("pixels", "caption", "error") if name in table.column_names]
+        made = self.encode(table.select(given))
+        new = {self.prefix + name: made[name] for name in made.column_names if name not in given}
+        if self.prefix:
+            new.pop(f"{self.prefix}image_norm", None)  # as in the files of scores
+        return append(table.drop_columns([n for n in self.without if n in table.column_names]), new)
+
+
 def encode_rows(
     rows: ray.data.Dataset,
     maker: Callable[..., Callable[[pa.Table], pa.Table]],
@@ -49,7 +77,7 @@ def encode_rows(
     a large encoder nearly all of it, a small one little.
 
     Args:
-        maker: makes, of `arguments`, what maps tables: `ClipEncoder`.
+        maker: makes, of `arguments`, what maps tables: `EncodeRole`.
         shards: how many the rows are of; None if that is not known.
         kind: of the workers on CPUs, each of which keeps one encoder: those that run side by side in one Dataset
             are to have workers of different kinds.

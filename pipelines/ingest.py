@@ -18,6 +18,7 @@ from typing import Any
 import ray
 
 from tarsift.operators import storage
+from tarsift.operators.encoder_info import encoder_info
 from tarsift.operators.encoder_settings import EncoderConfig
 from tarsift.operators.errors import ChangedError, ErrorRateError, UsageError
 from tarsift.operators.imported import folder_of
@@ -315,8 +316,6 @@ class Night:
         stood = self._stood()
         if stood is None:
             return None
-        from tarsift.operators.encoder import encoder_info  # loads torch, which takes seconds
-
         weights = {
             role: encoder_info(encoder.spec).weights_sha256
             for role, encoder in config.encoders.items()

@@ -10,6 +10,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from tarsift.operators.encoder_info import encoder_info
 from tarsift.operators.encoder_settings import EncoderInfo
 from tarsift.operators.errors import TarsiftError
 from tarsift.operators.regime import encoder_regime
@@ -69,8 +70,6 @@ def make_plan(inputs: str | Sequence[str], out: str, config: CleanConfig, *, siz
     Raises:
         UsageError, ChangedError: as `clean` would, before any work.
     """
-    from tarsift.operators.encoder import encoder_info  # seconds to load, and `open_run` may refuse first
-
     run = open_run(inputs, out, config)
     names = run.names
     passes, encoders, regimes, infos = [], {}, {}, []

@@ -20,7 +20,7 @@ import ray
 from jaxtyping import Bool
 
 from tarsift.operators import storage
-from tarsift.operators.encoder import short_name
+from tarsift.operators.encoder_info import short_name
 from tarsift.operators.errors import UsageError
 from tarsift.operators.models import build_model, load_checkpoint, load_encoder, save_checkpoint
 from tarsift.operators.repair_settings import RepairConfig

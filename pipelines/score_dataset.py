@@ -16,18 +16,19 @@ import ray
 
 from tarsift.clip_detect.suspicion import DensityRule
 from tarsift.operators import storage
+from tarsift.operators.encoder_info import encoder_info
 from tarsift.operators.encoder_settings import EncoderConfig, EncoderInfo
 from tarsift.operators.errors import UsageError
 from tarsift.operators.folds import Fold, SumOfDigests
 from tarsift.operators.imported import folder_of
 from tarsift.operators.pictures import OWN, DecodePictures, IdentifySamples
-from tarsift.operators.schema import COLUMNS, append
+from tarsift.operators.schema import COLUMNS
 from tarsift.operators.scorer import ScoreDensity
 from tarsift.operators.sides import DETECT, WITNESS, Sides, choose_sides
 from tarsift.pipelines.blocks import Blocks, beside, fold_blocks, map_blocks, numbered, slices
 from tarsift.pipelines.config import CleanConfig
 from tarsift.pipelines.embed import settled
-from tarsift.pipelines.encoding import READ_CPUS, encode_rows
+from tarsift.pipelines.encoding import READ_CPUS, EncodeRole, encode_rows
 from tarsift.pipelines.fitting import fit_enriched, fit_reference
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.rules import load_arrays
@@ -176,30 +177,10 @@ def _in_order(ds: ray.data.Dataset) -> Any:
     return options
 
 
-class EncodeRole:
-    """Map: append the embeddings of one encoder, under names with a prefix; `pixels` and left out columns go."""
-
-    def __init__(self, encoder: EncoderConfig, weights_sha256: str, prefix: str, without: Sequence[str] = ()):
-        from tarsift.operators.encoder import ClipEncoder  # loads torch, for which importers need not wait
-
-        self.encode = ClipEncoder(encoder, weights_sha256=weights_sha256)
-        self.prefix, self.without = prefix, ["pixels", *without]
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        given = [name for name in ("pixels", "caption", "error") if name in table.column_names]
-        made = self.encode(table.select(given))
-        new = {self.prefix + name: made[name] for name in made.column_names if name not in given}
-        if self.prefix:
-            new.pop(f"{self.prefix}image_norm", None)  # as in the files of scores
-        return append(table.drop_columns([n for n in self.without if n in table.column_names]), new)
-
-
 def _encode(
     ds: ray.data.Dataset, columns: Columns, config: CleanConfig, progress: Listener
 ) -> tuple[list[tuple[int, ray.ObjectRef]], TrustedReference | None]:
     """Read and encode a Dataset; return (rows, table) of its blocks, and the trusted reference if there is one."""
-    from tarsift.operators.encoder import encoder_info  # loads torch, for which importers need not wait
-
     infos = {role: encoder_info(encoder.spec) for role, encoder in config.encoders.items()}
     trusted = None
     if config.reference.path:

@@ -25,10 +25,11 @@ import ray
 
 from tarsift.operators import storage
 from tarsift.operators.decoding import ImageConfig, UnusableImage
-from tarsift.operators.encoder import Regime, encoder_regime, info_of
+from tarsift.operators.encoder_info import info_of
 from tarsift.operators.errors import UsageError
 from tarsift.operators.isolation import IsolatedDecoder
 from tarsift.operators.models import load_encoder
+from tarsift.operators.regime import Regime, encoder_regime
 from tarsift.operators.schema import places_of
 from tarsift.operators.shards import Shard
 from tarsift.operators.storage import join

@@ -13,7 +13,7 @@ import torch
 from tarsift.operators import storage
 from tarsift.operators.architectures import model_config
 from tarsift.operators.checkpoints import Base, load_checkpoint, state_sha256
-from tarsift.operators.encoder import short_name
+from tarsift.operators.encoder_info import short_name
 from tarsift.operators.encoder_settings import is_file_alone
 from tarsift.operators.errors import AccessError, Interrupted, TarsiftError, UsageError
 from tarsift.operators.shards import Shard

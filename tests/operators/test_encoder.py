@@ -3,8 +3,6 @@
 import dataclasses
 import io
 import pickle
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -15,11 +13,11 @@ from open_clip.transform import image_transform
 from PIL import Image
 from pydantic import ValidationError
 
-from tarsift.operators import models
-from tarsift.operators.encoder import ClipEncoder, EncoderConfig, encoder_info, info_of, short_name
+from tarsift.operators.encoder import ClipEncoder
+from tarsift.operators.encoder_settings import EncoderConfig
 from tarsift.operators.errors import END_OF_SHARD, ConfigError, TarsiftError, UsageError
 from tarsift.operators.images import DecodeImages
-from tarsift.operators.models import Base, build_model, load_encoder, model_config, save_checkpoint
+from tarsift.operators.models import build_model, load_encoder, model_config, save_checkpoint
 from tarsift.operators.schema import SAMPLE_SCHEMA, matrix
 from tests.operators.test_images import IMAGES, JPEG, encoded, picture, rows
 
@@ -40,40 +38,6 @@ def spec(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def encode(spec) -> ClipEncoder:
     return ClipEncoder(spec, micro_batch=16)
-
-
-@pytest.mark.parametrize(
-    ("change", "built"),
-    [
-        ({}, False),
-        ({"preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1], "resize_mode": "squash"}}, False),
-        ({"text_cfg": {"vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}}, True),  # 77 tokens, as they say not
-    ],
-)
-def test_what_an_encoder_file_says_of_itself(tmp_path, monkeypatch, change, built):
-    config = model_config({**model_config("tiny"), **change})
-    url, base = str(tmp_path / "enc.pt"), Base("base.pt", "0" * 64, {"a": "11"}, None, "base.pt")
-    model = build_model(config, seed=5).half()
-    save_checkpoint(url, model, config=config, shards={"b": "22"}, steps=40, samples=9, seed=5, base=base)
-    loaded = models.load_encoder(url)
-    calls = []
-    monkeypatch.setattr(models, "load_encoder", lambda spec: calls.append(spec) or loaded)
-    info = encoder_info(url)
-    assert calls == [url] * built
-    assert info == info_of(loaded)
-    assert info.weights_sha256 == models.weights_sha256(model)
-    assert info.trained_on == {"a": "11", "b": "22"}
-
-
-def test_open_clip_is_not_loaded_to_describe_an_encoder_file(spec):
-    code = f"""
-import sys
-from tarsift.operators.encoder import ClipEncoder, encoder_info
-encoder_info({spec!r})
-assert "torch" in sys.modules
-assert "open_clip" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def with_model(operator: ClipEncoder, encode_image) -> ClipEncoder:
@@ -358,14 +322,6 @@ def test_pixels_of_another_size_are_a_usage_error(encode):
         encode(DecodeImages(24)(many(1)))
 
 
-def test_encoder_info_describes(spec):
-    info, encoder = encoder_info(spec), load_encoder(spec)
-    assert (info.image_size, info.embed_dim, info.context_length) == (32, 64, 32)
-    assert (info.interpolation, info.resize_mode) == (encoder.interpolation, encoder.resize_mode)
-    assert (info.name, info.weights_sha256) == ("enc.pt", encoder.weights_sha256)
-    assert (info.trained_on, info.steps) == ({"a": "11", "b": "22"}, 40)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_embeddings_of_a_gpu_are_near_those_of_a_cpu(spec, encode):
@@ -375,19 +331,3 @@ def test_embeddings_of_a_gpu_are_near_those_of_a_cpu(spec, encode):
     for name in ("image_embedding", "text_embedding"):
         exact, near = (matrix(operator(table)[name])[0].astype(np.float64) for operator in (encode, on_gpu))
         assert np.linalg.norm(exact - near, axis=1).max() < 0.01 * np.linalg.norm(exact, axis=1).min()
-
-
-@pytest.mark.parametrize(
-    ("spec", "short"),
-    [
-        ("/models/enc.pt", "enc.pt"),
-        ("s3://bucket/models/enc.pt", "enc.pt"),
-        ("http://store:9000/models/enc.pt", "enc.pt"),
-        ("http://store:9000/a.json:http://store:9000/w.pt", "http://store:9000/a.json:w.pt"),
-        ("RN50:/models/cc3m.pt", "RN50:cc3m.pt"),
-        ("ViT-B-32:laion2b_s34b_b79k", "ViT-B-32:laion2b_s34b_b79k"),
-        ("hf-hub:org/name", "hf-hub:org/name"),
-    ],
-)
-def test_names_of_encoders_leave_out_folders(spec, short):
-    assert short_name(spec) == short

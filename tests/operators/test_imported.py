@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tarsift.operators import storage
-from tarsift.operators.encoder import encoder_info, encoder_regime
+from tarsift.operators.encoder_info import encoder_info
 from tarsift.operators.errors import TarsiftError, UsageError
 from tarsift.operators.imported import ImportedEmbeddings, open_folder, write_index
 from tarsift.operators.npy import read_header, read_rows
+from tarsift.operators.regime import encoder_regime
 from tarsift.operators.schema import matrix
 from tarsift.operators.sides import choose_sides
 

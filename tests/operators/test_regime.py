@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tarsift.operators.encoder import EncoderInfo
+from tarsift.operators.encoder_settings import EncoderInfo
 from tarsift.operators.regime import encoder_regime
 
 

@@ -299,7 +299,8 @@ def test_an_untouched_shard_is_identical(result, dump, tmp_path):
 
 def test_what_workers_run_gives_what_is_stored(result, encoder, tmp_path):
     """The functions that Ray ships to its workers, called here on one shard."""
-    from tarsift.operators.encoder import ClipEncoder, encoder_info
+    from tarsift.operators.encoder import ClipEncoder
+    from tarsift.operators.encoder_info import encoder_info
     from tarsift.operators.flag import Flag
     from tarsift.operators.shards import Shard
     from tarsift.pipelines import reading, score

@@ -1,6 +1,8 @@
 """The encoder as a stage: on CPUs its workers keep what they have loaded from one Dataset to the next, for a while."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -64,6 +66,12 @@ def test_what_is_used_is_not_let_go():
         kept.use(Numbered, {"number": 5}, pa.table({"x": [1]}))
         time.sleep(0.1)
     assert Numbered.made == before + 1
+
+
+@pytest.mark.parametrize("module", ["clean", "plan", "redo", "score_dataset"])
+def test_drivers_leave_torch_to_the_workers(module):
+    code = f"import sys, tarsift.pipelines.{module}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_workers_serve_one_dataset_after_the_other(ray_session):

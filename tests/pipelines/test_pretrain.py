@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from tarsift.operators.decoding import ImageConfig
-from tarsift.operators.encoder import encoder_info
+from tarsift.operators.encoder_info import encoder_info
 from tarsift.operators.errors import Interrupted, UsageError
 from tarsift.operators.models import (
     Base,

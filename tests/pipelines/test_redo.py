@@ -8,7 +8,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tarsift.operators.encoder import ClipEncoder, encoder_info
+from tarsift.operators.encoder import ClipEncoder
+from tarsift.operators.encoder_info import encoder_info
 from tarsift.operators.errors import ChangedError, ConfigError, UsageError
 from tarsift.pipelines import clean as recipe
 from tarsift.pipelines import redo as redoing
@@ -161,7 +162,7 @@ def test_a_result_folder_below_the_dump_is_no_part_of_it(whole, tmp_path, settin
 
 def test_other_weights_under_the_same_name_are_refused(whole, out, tmp_path, settings, encoder):
     spec = make_encoder(tmp_path / "enc.pt", seed=9)
-    with pytest.raises(ChangedError, match="were replaced while the run was on"):
+    with pytest.raises(ChangedError, match="were replaced while it was on"):
         ClipEncoder(spec, weights_sha256=encoder_info(encoder).weights_sha256)
     ledger = Ledger(str(out), "embed.detect", "a fingerprint with other weights")
     with pytest.raises(ChangedError, match="was embedded by other weights"):
