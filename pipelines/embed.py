@@ -26,12 +26,12 @@ from tarsift.operators.shards import Shard, list_shards
 from tarsift.operators.sides import FEATURES
 from tarsift.pipelines.commit import PassResult, run_pass
 from tarsift.pipelines.config import CleanConfig
-from tarsift.pipelines.encoding import READ_CPUS, EncodeRole, encode_rows, gpu_share
+from tarsift.pipelines.encoding import READ_CPUS, EncodeRole, encode_rows
 from tarsift.pipelines.ledger import Ledger, fingerprint, records_of
 from tarsift.pipelines.metrics import reported
 from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.reading import read_joined, read_pictures, shard_items
-from tarsift.pipelines.session import map_tables, session
+from tarsift.pipelines.session import gpu_share, map_tables, session
 
 VIEWS = 3  # of the encoder that gives sifters their features
 

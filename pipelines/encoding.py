@@ -17,7 +17,7 @@ from tarsift.operators.encoder_settings import EncoderConfig
 from tarsift.operators.schema import append
 from tarsift.pipelines.commit import SINK_CPUS
 from tarsift.pipelines.config import ResourcesConfig
-from tarsift.pipelines.session import ACTOR_OPTIONS, TASK_OPTIONS
+from tarsift.pipelines.session import ACTOR_OPTIONS, TASK_OPTIONS, gpu_share
 
 # Ray fuses a stage into the one behind it when both ask for the same resources; reading and decoding
 # would then run in the encoders' workers. Ray Data keeps a part of the CPUs back for every stage; with these shares
@@ -27,13 +27,6 @@ ENCODE_CPUS = 0.2
 SHARDS_PER_WORKER = 8  # one takes seconds to start; for fewer shards another one is not worth it
 KEPT_S = 30.0  # longer than from one wave to the next
 KIND = "TARSIFT_WORKER"  # by the environment they start with Ray tells workers apart: those that read load no model
-
-
-def gpu_share(resources: ResourcesConfig) -> float:
-    """GPUs of one encoder: as asked for, else one where the cluster has any."""
-    if resources.gpus_per_worker is not None:
-        return resources.gpus_per_worker
-    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
 
 
 class EncodeRole:

@@ -31,7 +31,6 @@ from tarsift.operators.storage import join
 from tarsift.operators.stored import ReadStored, Stored, put_table
 from tarsift.operators.trace_verdict import Question
 from tarsift.pipelines.choosing import choose_random
-from tarsift.pipelines.encoding import gpu_share
 from tarsift.pipelines.notebook import html_table
 from tarsift.pipelines.passes import embed_name
 from tarsift.pipelines.pretrain import pretrain
@@ -40,6 +39,7 @@ from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.rules import load_arrays
 from tarsift.pipelines.run import Run, absolute_spec, reopen_run
 from tarsift.pipelines.select import LISTED as SELECTED
+from tarsift.pipelines.session import gpu_share
 from tarsift.pipelines.tasks import side_by_side
 from tarsift.pipelines.trace import (
     ABOUT,

@@ -13,6 +13,7 @@ import pyarrow as pa
 import ray
 from ray._private import services
 
+from tarsift.pipelines.config import ResourcesConfig
 from tarsift.pipelines.failures import failures_told
 from tarsift.pipelines.stopping import handlers_kept
 
@@ -100,6 +101,13 @@ def session(num_cpus: int | None = None, *, stall_timeout_s: float = STALL_TIMEO
 def stall_timeout_s() -> float:
     """Return the seconds without any progress after which work in the present session fails."""
     return ray.data.DataContext.get_current().execution_no_progress_timeout_s
+
+
+def gpu_share(resources: ResourcesConfig) -> float:
+    """GPUs of one encoder or job: as asked for, else one where the cluster has any."""
+    if resources.gpus_per_worker is not None:
+        return resources.gpus_per_worker
+    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
 
 
 def known_address() -> str | None:

@@ -39,14 +39,13 @@ from tarsift.operators.storage import join
 from tarsift.operators.stored import ReadStored, Stored
 from tarsift.pipelines.commit import run_pass, run_whole
 from tarsift.pipelines.config import CleanConfig
-from tarsift.pipelines.encoding import gpu_share
 from tarsift.pipelines.flag import select_top, tie_hashes
 from tarsift.pipelines.folding import run_fold
 from tarsift.pipelines.ledger import Ledger
 from tarsift.pipelines.progress import Event, Listener
 from tarsift.pipelines.reading import shard_items, shards_of
 from tarsift.pipelines.rules import load_arrays, save_arrays
-from tarsift.pipelines.session import map_tables
+from tarsift.pipelines.session import gpu_share, map_tables
 from tarsift.pipelines.stopping import stop_if_asked
 from tarsift.pipelines.tasks import checked_task, side_by_side
 from tarsift.sifters.problems import ClassRule, Problem, classes_by_caption, classes_by_name, make_problems

@@ -48,7 +48,6 @@ from tarsift.operators.tracer import (
     said_of,
 )
 from tarsift.pipelines.choosing import SUSPICION, Alike, by_suspicion, choose, choose_random
-from tarsift.pipelines.encoding import gpu_share
 from tarsift.pipelines.ledger import Ledger, fingerprint
 from tarsift.pipelines.notebook import html_table
 from tarsift.pipelines.passes import embed_name
@@ -57,6 +56,7 @@ from tarsift.pipelines.progress import Event, Listener, silent
 from tarsift.pipelines.report.tracing import write_trace_page
 from tarsift.pipelines.rules import save_arrays
 from tarsift.pipelines.run import Run, absolute_spec, reopen_run
+from tarsift.pipelines.session import gpu_share
 from tarsift.pipelines.stopping import stop_if_asked
 from tarsift.pipelines.tasks import side_by_side
 
