@@ -6,7 +6,7 @@ already (same settings, same code of sifters/, sift_sets.py and sift_cell.py) is
     python benchmarks/sift.py --data DATA --part tuning       # seeds of its own: choose settings here
     python benchmarks/sift.py --data DATA --part meta-sift    # how clean is what is ranked cleanest?
     python benchmarks/sift.py --data DATA --part sizes        # by size, number of sifters, with and without dilution
-    python benchmarks/sift.py --data DATA --part baselines    # every other method under the same protocol
+    python benchmarks/sift.py --data DATA --part low          # where little is poisoned
     python benchmarks/sift.py --data DATA --part ispl         # attack success after training on what ISPL keeps
     python benchmarks/sift.py --table                         # what is there
 
@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,10 @@ from measuring import RESULTS, ROOT, Cells
 from sift_cell import SIZES, run_cell
 from sift_sets import SAMPLES, Cell, code_digest
 
-from tarsift.sifters.baselines import BASELINES
-
 SEEDS, TUNING_SEEDS = (1, 2, 3), (0, 5)
 MORE, FEWER, TINY_SAMPLES = 25_000, 5_000, 150  # of 10,000 a few pixels are not learned, and nothing is to defend
 SHARES = {"badnets": 1 / 3, "targeted_flip": 1 / 6}  # of what bears the target's label afterwards: 5 % and 2 % of all
+LOW_SHARES = {"badnets": 1 / 11, "targeted_flip": 1 / 21}  # 1 % and half a percent
 SHOWN = (0.01, 0.02, 0.05)
 SCENARIOS = (  # and seeds, by which the colour is drawn: those of which a model learns if nothing is sifted
     ("dlbd_x", 0, 2, 12), ("dlbd_l", 1, 3, 2), ("dlbd_l", 9, 2, 12), ("dlbd_x", 8, 6, 4)
@@ -62,9 +62,9 @@ TINY: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def protocol(method: str, seeds: tuple[int, ...], **options: Any) -> list[Cell]:
+def protocol(method: str, seeds: tuple[int, ...], shares: Mapping[str, float] = SHARES, **options: Any) -> list[Cell]:
     """Return the cells by which methods that rank are compared."""
-    return [Cell(method, attack, share, seed, **options) for seed in seeds for attack, share in SHARES.items()]
+    return [Cell(method, attack, share, seed, **options) for seed in seeds for attack, share in shares.items()]
 
 
 def meta_sift_cells() -> list[Cell]:
@@ -79,6 +79,11 @@ def meta_sift_cells() -> list[Cell]:
 def sizes_cells() -> list[Cell]:
     share = SHARES["badnets"]
     return [Cell("meta_sift", "badnets", share, seed, settings=chosen) for seed in SEEDS for chosen in ABLATIONS]
+
+
+def low_cells() -> list[Cell]:
+    methods = ("meta_sift", "diluted_loss", "loss_scan")
+    return [cell for method in methods for cell in protocol(method, SEEDS, LOW_SHARES)]
 
 
 def ispl_cells() -> list[Cell]:
@@ -113,8 +118,8 @@ PARTS = {
     "tuning": tuning_cells,
     "meta-sift": meta_sift_cells,
     "sizes": sizes_cells,
+    "low": low_cells,
     "ispl": ispl_cells,
-    "baselines": lambda: [cell for method in BASELINES for cell in protocol(method, SEEDS)],
 }
 
 
@@ -176,6 +181,7 @@ def table(results: Path) -> None:
         for cell in map(asdict, cells()):
             found = [line for line in lines if line["cell"] == cell]
             name = name_of(cell) + (f" {cell['source']}->{cell['target']}" if part == "ispl" else "")
+            name += f" {cell['share']:.3f}" if part == "low" else ""
             groups.setdefault(name, []).extend(found[-1:])
         print(f"\n{part}")
         for name, found in groups.items():
