@@ -27,6 +27,7 @@ ENCODE_CPUS = 0.2
 SHARDS_PER_WORKER = 8  # one takes seconds to start; for fewer shards another one is not worth it
 KEPT_S = 30.0  # longer than from one wave to the next
 KIND = "TARSIFT_WORKER"  # by the environment they start with Ray tells workers apart: those that read load no model
+ENCODER_WORKERS = {"env_vars": {KIND: "encoder"}}  # `runtime_env` of a task that needs torch and open_clip, too
 
 
 class EncodeRole:

@@ -60,8 +60,9 @@ def pretrain(
 ) -> PretrainSummary:
     """Train a CLIP on shards and write an encoder file that records what it was trained on.
 
-    Runs in a Ray Train worker group: in the session that is there, else in one of its own. Interrupted, the same
-    call goes on from the last snapshot (`OUT.part`): with pairs in memory, one worker and a CPU to the same bytes.
+    Runs in a task of Ray's, with several workers in a Ray Train worker group: in the session that is there, else in
+    one of its own. Interrupted, the same call goes on from the last snapshot (`OUT.part`): with pairs in memory, one
+    worker and a CPU to the same bytes.
     A training that has ended is not done again: where `out` is of the same settings and shards it is left as it is.
 
     Args:
@@ -73,8 +74,8 @@ def pretrain(
         settings: fields of `PretrainConfig` that override.
 
     Raises:
-        UsageError: if a setting is wrong, `ray[train]` is missing, there are too few pairs, or there is a
-            snapshot of a training with other settings or shards (`ChangedError`).
+        UsageError: if a setting is wrong, there are too few pairs, several workers are wanted and `ray[train]` is
+            missing, or there is a snapshot of a training with other settings or shards (`ChangedError`).
         Interrupted: if it was asked to stop, and will go on from a snapshot.
     """
     config = PretrainConfig(**{**(config or PretrainConfig()).model_dump(), **settings})
@@ -132,7 +133,7 @@ def _listed(shards: str | Sequence[str] | Sequence[Shard]) -> list[Shard]:
 
 
 def _run_job(job: Job, origin: Origin) -> dict[str, Any]:
-    """Train in a Ray Train worker group, and see that what it wrote can be read here."""
+    """Train, and see that what was written can be read here."""
     weights = None
     if origin.weights is not None:
         weights = partial(ray.get, ray.put(dict(origin.weights())))

@@ -1,4 +1,8 @@
-"""A training in a Ray Train worker group: it can be asked to stop, and workers that die are replaced."""
+"""A training on workers of Ray's: it can be asked to stop, and workers that die are replaced.
+
+One worker is a task, in a process that keeps torch and open_clip loaded for the next training or encoder. Several are a
+Ray Train worker group, whose own processes cost as much as loading those again.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pyarrow.fs
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from tarsift.operators import storage
 from tarsift.operators.errors import TarsiftError, UsageError
+from tarsift.pipelines.encoding import ENCODER_WORKERS
 from tarsift.pipelines.session import TASK_RETRIES
 from tarsift.pipelines.stopping import patient
 
@@ -48,48 +53,26 @@ def patiently(work: Callable[[Callable[[], bool]], T]) -> T:
 
 
 def run_workers(work: Work, *, out: str, workers: int, cpus: float, gpus: float | None) -> Any:
-    """Run `work` in a Ray Train worker group and return what worker 0 returns.
+    """Run `work` in so many workers and return what worker 0 returns.
 
-    The group is started again when workers die, a few times. When this program is asked to stop, worker 0 is told.
+    All are started again when one dies, a few times. When this program is asked to stop, worker 0 is told.
 
     Args:
-        out: where the result goes; Ray Train's record lies beside it meanwhile, since all workers see that place.
+        out: where the result goes; the record of a worker group lies beside it meanwhile, since all see that place.
         cpus, gpus: of each worker; None = a GPU where there are enough.
 
     Raises:
-        UsageError: if Ray Train is not installed.
+        UsageError: if there are to be several workers and Ray Train is not installed.
         KeyboardInterrupt: if it was asked to stop before work had begun.
     """
-    try:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
-    except ImportError as error:
-        raise UsageError(f"`pretrain` needs Ray Train: pip install 'tarsift[train]' ({error}).") from error
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0) >= workers else 0.0
-    resources = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
-    fs, path = storage.filesystem(out)
-    filesystem = None if storage.is_local(out) else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
     bell = ray.remote(num_cpus=0)(_Bell).remote()
     stored = ray.put(work)  # or Ray Train's own processes would load all that it needs
-
-    def fit() -> Any:
-        storage.remove_tree(f"{out}.train")  # of a run that was killed; Ray Train would go on with it
-        try:
-            trainer = TorchTrainer(
-                _worker,
-                train_loop_config={"work": stored, "bell": bell},
-                scaling_config=ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker=resources),
-                run_config=RunConfig(
-                    name="run",
-                    storage_path=f"{path}.train",
-                    storage_filesystem=filesystem,
-                    failure_config=FailureConfig(max_failures=0),
-                ),
-            )
-            return trainer.fit().return_value
-        finally:
-            storage.remove_tree(f"{out}.train")
+    if workers == 1:
+        fit, end = _one_worker(stored, bell, cpus=cpus, gpus=gpus)
+    else:
+        fit, end = _worker_group(stored, bell, out=out, workers=workers, cpus=cpus, gpus=gpus)
 
     def attempts(asked: Callable[[], bool]) -> Any:
         for left in reversed(range(TASK_RETRIES + 1)):
@@ -103,7 +86,64 @@ def run_workers(work: Work, *, out: str, workers: int, cpus: float, gpus: float 
                     raise cause from error
         raise AssertionError
 
-    return patiently(attempts)
+    try:
+        return patiently(attempts)
+    finally:
+        end()
+
+
+Fit = Callable[[], Any]
+End = Callable[[], None]
+
+
+def _one_worker(stored: ray.ObjectRef, bell: Any, *, cpus: float, gpus: float) -> tuple[Fit, End]:
+    """Return what trains in a task, and what ends a task that is not done, or has not begun."""
+    options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": 0, "runtime_env": ENCODER_WORKERS}
+    tasks: list[ray.ObjectRef] = []
+
+    def fit() -> Any:
+        tasks.append(ray.remote(_train_alone).options(**options).remote(stored, bell))
+        return ray.get(tasks[-1])
+
+    def end() -> None:
+        for task in tasks:
+            ray.cancel(task)
+
+    return fit, end
+
+
+def _worker_group(
+    stored: ray.ObjectRef, bell: Any, *, out: str, workers: int, cpus: float, gpus: float
+) -> tuple[Fit, End]:
+    """Return what trains in a Ray Train worker group, and what removes the record of that."""
+    try:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+    except ImportError as error:
+        raise UsageError(f"several workers need Ray Train: pip install 'tarsift[train]' ({error}).") from error
+    resources = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+    fs, path = storage.filesystem(out)
+    filesystem = None if storage.is_local(out) else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
+
+    def end() -> None:
+        storage.remove_tree(f"{out}.train")
+
+    def fit() -> Any:
+        end()  # of a run that was killed; Ray Train would go on with it
+        trainer = TorchTrainer(
+            _train_in_group,
+            train_loop_config={"work": stored, "bell": bell},
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker=resources),
+            run_config=RunConfig(
+                name="run",
+                storage_path=f"{path}.train",
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(max_failures=0),
+            ),
+        )
+        return trainer.fit().return_value
+
+    return fit, end
 
 
 class _Bell:
@@ -146,23 +186,37 @@ def _until_rung(fit: Callable[[], T], bell: Any, asked: Callable[[], bool]) -> T
     return future.result()
 
 
-def _worker(settings: dict[str, Any]) -> Any:
+def _train_alone(work: Work, bell: Any) -> Any:
+    import torch
+
+    device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+    return work(rank=0, device=device, wrap=lambda towers: towers, asked=_hearing(bell))
+
+
+def _train_in_group(settings: dict[str, Any]) -> Any:
     from ray.train import get_context
     from ray.train.torch import get_device, prepare_model
 
     rank = get_context().get_world_rank()
-    rung = [settings["bell"].hear.remote()] if rank == 0 else []
-    work: Any = ray.get(settings["work"])
+    work: Work = ray.get(settings["work"])
     return work(
         rank=rank,
         device=get_device(),
         wrap=lambda towers: prepare_model(towers, move_to_device=False),
-        asked=lambda: bool(rung and ray.wait(rung, timeout=0)[0]),
+        asked=(lambda: False) if rank else _hearing(settings["bell"]),
     )
 
 
+def _hearing(bell: Any) -> Callable[[], bool]:
+    """Begin to listen; return what tells whether it has rung."""
+    rung = [bell.hear.remote()]
+    return lambda: bool(ray.wait(rung, timeout=0)[0])
+
+
 def _cause(error: Exception) -> Exception:
-    """Return what is behind an error of Ray Train: an error of tarsift's, else one of Ray's, else the first."""
+    """Return what is behind an error of Ray's: an error of tarsift's, else one of Ray's own, else the first."""
+    if isinstance(error, RayTaskError):
+        return error.cause
     failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
     causes = [getattr(failure, "health_check_failure", failure) for failure in failures.values()]
     return next((c for kind in (TarsiftError, RayError, Exception) for c in causes if isinstance(c, kind)), error)

@@ -68,7 +68,7 @@ def pretrain(
     """Train a CLIP on shards, from scratch or --from another one; the encoder for `clean`.
 
     Interrupted, the same command goes on from its last snapshot (OUT.part); streamed shards at about
-    the same place. What is done is not done again. Ray Train runs the workers.
+    the same place. What is done is not done again. Ray Train runs several workers.
     """
     from tarsift.pipelines.pretrain import PretrainConfig
     from tarsift.pipelines.pretrain import pretrain as recipe

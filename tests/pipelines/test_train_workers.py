@@ -1,4 +1,4 @@
-"""Trainings through Ray Train: stopped, killed and with a worker that dies, they end as undisturbed ones do."""
+"""Trainings on workers of Ray's: stopped, killed and with a worker that dies, they end as undisturbed ones do."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from ray.exceptions import WorkerCrashedError
+from ray.exceptions import RayTaskError, WorkerCrashedError
 from ray.train import ControllerError, WorkerGroupError
 
 from tarsift.operators.checkpoints import state_sha256
 from tarsift.operators.errors import TarsiftError, UsageError
 from tarsift.operators.models import load_checkpoint
-from tarsift.pipelines import stopping
+from tarsift.pipelines import stopping, train_workers
 from tarsift.pipelines.pretrain import PretrainConfig, pretrain, pretrain_here
-from tarsift.pipelines.train_workers import _cause, _of_a_death, patiently
+from tarsift.pipelines.train_workers import _cause, _of_a_death, patiently, run_workers
 from tests.conftest import make_dump
 from tests.pipelines.runs import tarsift
 
@@ -47,6 +48,52 @@ def test_what_is_behind_a_failed_training(failures, kind, again):
     assert _of_a_death(RuntimeError("of a single worker"), workers=1) is False
     assert isinstance(_cause(ControllerError(TarsiftError("x"))), TarsiftError)
     assert str(_cause(ValueError("none of Ray Train's"))) == "none of Ray Train's"
+    of_a_task = RayTaskError("train", "a traceback", ValueError("a defect"))
+    assert isinstance(_cause(of_a_task), ValueError)
+    assert isinstance(_cause(of_a_task.as_instanceof_cause()), ValueError)
+
+
+class Dies:
+    """Work that ends its process so many times, or raises, and counts its calls in a folder."""
+
+    def __init__(self, folder: Path, times: int, error: Exception | None = None) -> None:
+        self.folder, self.times, self.error = folder, times, error
+
+    def __call__(self, *, rank, device, wrap, asked) -> tuple[int, str, bool]:
+        calls = len(list(self.folder.iterdir()))
+        (self.folder / f"{calls}").touch()
+        if self.error is not None:
+            raise self.error
+        if calls < self.times:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rank, device.type, asked()
+
+
+def alone(work: Dies) -> tuple[int, str, bool]:
+    return run_workers(work, out=str(work.folder / "e.pt"), workers=1, cpus=1.0, gpus=0.0)
+
+
+@pytest.mark.parametrize(("dies", "calls"), [(1, 2), (99, 2)])
+def test_a_worker_that_dies_is_replaced_a_few_times(ray_session, tmp_path, monkeypatch, dies, calls):
+    monkeypatch.setattr(train_workers, "TASK_RETRIES", 1)
+    with contextlib.nullcontext() if dies < calls else pytest.raises(WorkerCrashedError):
+        assert alone(Dies(tmp_path, dies)) == (0, "cpu", False)
+    assert len(list(tmp_path.iterdir())) == calls
+
+
+@pytest.mark.parametrize("error", [UsageError("wrong"), ValueError("a defect")])
+def test_an_error_of_a_worker_is_raised_as_it_was(ray_session, tmp_path, error):
+    with pytest.raises(type(error), match=str(error)) as raised:
+        alone(Dies(tmp_path, 0, error))
+    assert type(raised.value) is type(error)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_work_that_has_no_room_yet_is_given_up_when_asked_to_stop(ray_session, tmp_path):
+    threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_workers(Dies(tmp_path, 0), out=str(tmp_path / "e.pt"), workers=1, cpus=999.0, gpus=0.0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_was_done_before_a_request_counts(monkeypatch):
@@ -101,12 +148,12 @@ def wait_for_a_snapshot(folder: Path, child: subprocess.Popen[str]) -> None:
 
 
 def training_workers(child: subprocess.Popen[str]) -> list[int]:
-    """Return the processes below a command in which Ray Train's workers run."""
+    """Return the processes below a command that train."""
     parents, workers = {}, []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             parents[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-            if b"RayTrainWorker" in (process / "cmdline").read_bytes():
+            if b"ray::_train_alone" in (process / "cmdline").read_bytes():
                 workers.append(int(process.name))
 
     def is_below(process: int) -> bool:
