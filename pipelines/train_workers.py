@@ -21,11 +21,14 @@ from tarsift.operators.errors import TarsiftError, UsageError
 from tarsift.pipelines.encoding import ENCODER_WORKERS
 from tarsift.pipelines.session import TASK_RETRIES
 from tarsift.pipelines.stopping import patient
+from tarsift.pipelines.tasks import leave
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+Fit = Callable[[], Any]
+End = Callable[[], None]
 
 
 class Work(Protocol):
@@ -92,12 +95,8 @@ def run_workers(work: Work, *, out: str, workers: int, cpus: float, gpus: float 
         end()
 
 
-Fit = Callable[[], Any]
-End = Callable[[], None]
-
-
 def _one_worker(stored: ray.ObjectRef, bell: Any, *, cpus: float, gpus: float) -> tuple[Fit, End]:
-    """Return what trains in a task, and what ends a task that is not done, or has not begun."""
+    """Return what trains in a task, and what sees to it that none trains on, or begins."""
     options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": 0, "runtime_env": ENCODER_WORKERS}
     tasks: list[ray.ObjectRef] = []
 
@@ -105,11 +104,7 @@ def _one_worker(stored: ray.ObjectRef, bell: Any, *, cpus: float, gpus: float) -
         tasks.append(ray.remote(_train_alone).options(**options).remote(stored, bell))
         return ray.get(tasks[-1])
 
-    def end() -> None:
-        for task in tasks:
-            ray.cancel(task)
-
-    return fit, end
+    return fit, lambda: leave(tasks)
 
 
 def _worker_group(

@@ -19,7 +19,7 @@ from ray.train import ControllerError, WorkerGroupError
 from tarsift.operators.checkpoints import state_sha256
 from tarsift.operators.errors import TarsiftError, UsageError
 from tarsift.operators.models import load_checkpoint
-from tarsift.pipelines import stopping, train_workers
+from tarsift.pipelines import stopping, tasks, train_workers
 from tarsift.pipelines.pretrain import PretrainConfig, pretrain, pretrain_here
 from tarsift.pipelines.train_workers import _cause, _of_a_death, patiently, run_workers
 from tests.conftest import make_dump
@@ -89,7 +89,8 @@ def test_an_error_of_a_worker_is_raised_as_it_was(ray_session, tmp_path, error):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_work_that_has_no_room_yet_is_given_up_when_asked_to_stop(ray_session, tmp_path):
+def test_work_that_has_no_room_yet_is_given_up_when_asked_to_stop(ray_session, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "SOON_S", 0.5)
     threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGINT]).start()
     with pytest.raises(KeyboardInterrupt):
         run_workers(Dies(tmp_path, 0), out=str(tmp_path / "e.pt"), workers=1, cpus=999.0, gpus=0.0)
