@@ -200,9 +200,13 @@ def _kernel() -> str:
 
 
 def _start_of(pid: int) -> str:
-    """Return when a process of this machine was started, in a unit of the system; "" if there is none."""
+    """Return when a process of this machine was started, in a unit of the system; "" if there is none.
+
+    One that has ended is none, though its parent may be slow to take note of it, or never do, as in many containers.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if state in "ZXx" else fields[18]
     except OSError:
         pass
     try:  # no /proc: whether it is there is all that can be told

@@ -60,6 +60,6 @@ def wait_for(child: subprocess.Popen[Any], out: Path, name: str, count: int = 1)
     """Wait until a run has committed so many shards of a pass."""
     deadline = time.monotonic() + 300
     while len(records(out, name)) < count:
-        assert child.poll() is None, "the run ended too early"
+        assert child.poll() is None, f"the run ended too early, with {child.returncode}: {child.communicate()}"
         assert time.monotonic() < deadline
         time.sleep(0.002)

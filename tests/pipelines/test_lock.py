@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -134,6 +135,21 @@ def test_a_number_of_a_process_says_nothing_elsewhere(tmp_path, host, kernel, go
     """A container may carry its host's name, and two machines that share a folder the same one."""
     holder = leave_behind(str(tmp_path), host=host, kernel=kernel, started="long ago")
     assert holder.gone() is gone
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
+def test_a_process_that_nobody_takes_note_of_has_ended_all_the_same(tmp_path):
+    """As under a container's first process that waits for none of those it inherits."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    started = lock._start_of(child.pid)
+    holder = leave_behind(str(tmp_path), host=platform.node(), kernel=lock._kernel(), pid=child.pid, started=started)
+    assert holder.gone() is False
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is still there
+    assert holder.gone() is True
+    with lock.hold(str(tmp_path)) as mine:
+        assert mine.number == 2
+    child.communicate()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
