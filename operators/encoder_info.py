@@ -11,7 +11,7 @@ import zipfile
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from tarsift.operators import storage
 from tarsift.operators.encoder_settings import EncoderInfo, is_file_alone, split_spec
@@ -82,7 +82,7 @@ def _read_record(spec: str) -> EncoderInfo | None:
         if facts["version"] != RECORD_VERSION:
             return None
         return TypeAdapter(EncoderInfo).validate_python({**facts, "name": short_name(spec)})
-    except (zipfile.BadZipFile, KeyError, TypeError, ValueError, ValidationError):
+    except (zipfile.BadZipFile, LookupError, TypeError, ValueError):
         return None  # what is wrong with a damaged file, its loading says
 
 

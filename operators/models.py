@@ -212,14 +212,14 @@ def save_checkpoint(
         "version": CHECKPOINT_VERSION,
         "base": None if base is None else asdict(base),
     }
-    info = _described(checkpoint)
+    record = _record_of(checkpoint)
     with storage.open_write(str(url)) as file:
         torch.save(content, file)
-        if info is not None:
-            add_record(file, info)
+        if record is not None:
+            add_record(file, record)
 
 
-def _described(checkpoint: Checkpoint) -> EncoderInfo | None:
+def _record_of(checkpoint: Checkpoint) -> EncoderInfo | None:
     """Describe what an encoder file holds; None where its config leaves something to be found out by loading it."""
     config = checkpoint.config
     prepared = config["preprocess_cfg"]

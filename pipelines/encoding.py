@@ -27,7 +27,7 @@ ENCODE_CPUS = 0.2
 SHARDS_PER_WORKER = 8  # one takes seconds to start; for fewer shards another one is not worth it
 KEPT_S = 30.0  # longer than from one wave to the next
 KIND = "TARSIFT_WORKER"  # by the environment they start with Ray tells workers apart: those that read load no model
-ENCODER_WORKERS = {"env_vars": {KIND: "encoder"}}  # `runtime_env` of a task that needs torch and open_clip, too
+ENCODERS = "encoder"  # the kind of those that have torch and open_clip loaded
 
 
 class EncodeRole:
@@ -63,7 +63,7 @@ def encode_rows(
     resources: ResourcesConfig,
     *,
     shards: int | None,
-    kind: str = "encoder",
+    kind: str = ENCODERS,
 ) -> ray.data.Dataset:
     """Map the rows of a Dataset by an encoder that each worker loads once.
 
@@ -95,10 +95,15 @@ def encode_rows(
         fn_kwargs={"maker": maker, "arguments": dict(arguments)},
         compute=ray.data.TaskPoolStrategy(workers),
         num_cpus=min(resources.cpus_per_worker or ENCODE_CPUS, share),
-        runtime_env={"env_vars": {KIND: kind}},
+        runtime_env=environment_of(kind),
         **batches,
         **TASK_OPTIONS,
     )
+
+
+def environment_of(kind: str) -> dict[str, Any]:
+    """Return the `runtime_env` of tasks whose workers are of a kind, and serve no tasks of another one."""
+    return {"env_vars": {KIND: kind}}
 
 
 class Kept:

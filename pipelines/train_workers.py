@@ -18,7 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from tarsift.operators import storage
 from tarsift.operators.errors import TarsiftError, UsageError
-from tarsift.pipelines.encoding import ENCODER_WORKERS
+from tarsift.pipelines.encoding import ENCODERS, environment_of
 from tarsift.pipelines.session import TASK_RETRIES
 from tarsift.pipelines.stopping import patient
 from tarsift.pipelines.tasks import leave
@@ -97,7 +97,7 @@ def run_workers(work: Work, *, out: str, workers: int, cpus: float, gpus: float 
 
 def _one_worker(stored: ray.ObjectRef, bell: Any, *, cpus: float, gpus: float) -> tuple[Fit, End]:
     """Return what trains in a task, and what sees to it that none trains on, or begins."""
-    options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": 0, "runtime_env": ENCODER_WORKERS}
+    options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": 0, "runtime_env": environment_of(ENCODERS)}
     tasks: list[ray.ObjectRef] = []
 
     def fit() -> Any:

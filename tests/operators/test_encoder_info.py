@@ -107,6 +107,12 @@ def test_what_torch_writes_anew_has_no_record_that_is_out_of_date(spec, tmp_path
     assert encoder_info(str(tmp_path / "enc.pt")).weights_sha256 == state_sha256(content["state_dict"])
 
 
+def test_an_archive_of_nothing_is_no_encoder_file(tmp_path):
+    zipfile.ZipFile(tmp_path / "enc.pt", "w").close()
+    with pytest.raises(TarsiftError, match="damaged"):
+        encoder_info(str(tmp_path / "enc.pt"))
+
+
 def test_a_file_that_ends_too_early_is_damaged(spec, tmp_path):
     url = tmp_path / "enc.pt"
     with open(spec, "rb") as whole:

@@ -73,12 +73,12 @@ def alone(work: Dies) -> tuple[int, str, bool]:
     return run_workers(work, out=str(work.folder / "e.pt"), workers=1, cpus=1.0, gpus=0.0)
 
 
-@pytest.mark.parametrize(("dies", "calls"), [(1, 2), (99, 2)])
-def test_a_worker_that_dies_is_replaced_a_few_times(ray_session, tmp_path, monkeypatch, dies, calls):
+@pytest.mark.parametrize("dies", [1, 99])
+def test_a_worker_that_dies_is_replaced_a_few_times(ray_session, tmp_path, monkeypatch, dies):
     monkeypatch.setattr(train_workers, "TASK_RETRIES", 1)
-    with contextlib.nullcontext() if dies < calls else pytest.raises(WorkerCrashedError):
+    with contextlib.nullcontext() if dies == 1 else pytest.raises(WorkerCrashedError):
         assert alone(Dies(tmp_path, dies)) == (0, "cpu", False)
-    assert len(list(tmp_path.iterdir())) == calls
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("error", [UsageError("wrong"), ValueError("a defect")])
