@@ -53,7 +53,7 @@ coverage: setup
 # which excludes `cpu`, goes to a file of its own.
 COMPILE := .uv/bin/uv pip compile --quiet --no-annotate --no-header --no-emit-index-url --no-emit-find-links --python-version 3.11 pyproject.toml
 constraints:
-	$(COMPILE) --extra cpu --extra train --extra influence --extra s3 --extra cluster --extra test --extra fuzz -o constraints.txt
+	$(COMPILE) --extra cpu --extra train --extra influence --extra s3 --extra cluster --extra aws --extra test --extra fuzz -o constraints.txt
 	$(COMPILE) --extra gpu --constraints constraints.txt | grep -vxFf constraints.txt > deploy/docker/constraints-gpu.txt
 
 clean:

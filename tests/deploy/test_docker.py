@@ -139,7 +139,7 @@ def test_the_steps_make_an_environment_of_pinned_packages(tmp_path):
     assert {name: version for name, version in normal.items() if pinned.get(name) != version} == {"tarsift": "0.1.0"}
     # What a head needs to take jobs, and the modules of every extra.
     run(
-        "ray --version && ray job submit --help && python -c 'import faiss, s3fs, kronfluence, ray.train'",
+        "ray --version && ray job submit --help && python -c 'import boto3, faiss, s3fs, kronfluence, ray.train'",
         tmp_path,
         variables,
     )
