@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import pyarrow as pa
 import ray
 from ray._private import services
+from ray.exceptions import AuthenticationError
 
+from tarsift.operators.errors import Interrupted, UsageError
 from tarsift.pipelines.config import ResourcesConfig
 from tarsift.pipelines.failures import failures_told
 from tarsift.pipelines.stopping import handlers_kept
@@ -25,6 +28,7 @@ TASK_OPTIONS: dict[str, Any] = {"max_retries": TASK_RETRIES}
 ACTOR_OPTIONS: dict[str, Any] = {"max_restarts": -1, "max_task_retries": TASK_RETRIES}
 
 STALL_TIMEOUT_S = 270.0
+REACH_S = 10.0  # in which a Ray that is there takes a connection; Ray itself would go on trying for minutes
 
 # Of pixels, as they go to the encoder. A worker holds a few blocks: half a gigabyte where they have Ray's own 128 MiB.
 BLOCK_BYTES = 8 << 20
@@ -80,6 +84,7 @@ def session(num_cpus: int | None = None, *, stall_timeout_s: float = STALL_TIMEO
         stall_timeout_s: seconds without any progress after which a Dataset, or a wait for tasks, fails.
 
     Raises:
+        UsageError, Interrupted: if a Ray cannot be joined; see `_joining`.
         TarsiftError: for what Ray raises in the block; see `failures_told`.
     """
     mine = not ray.is_initialized()
@@ -88,7 +93,7 @@ def session(num_cpus: int | None = None, *, stall_timeout_s: float = STALL_TIMEO
         address, local = os.environ.get("RAY_ADDRESS"), {}  # without an address Ray finds what `ray start` runs
         if known_address() is None:
             address, local = "local", _local_options(num_cpus)
-        with handlers_kept():
+        with handlers_kept(), contextlib.nullcontext() if local else _joining(address):
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     try:
         with failures_told(), data_settings(ray.data.DataContext.get_current(), stall_timeout_s):
@@ -117,6 +122,48 @@ def known_address() -> str | None:
     started = services.find_bootstrap_address(None)  # of the last `ray start`; a Ray that is killed leaves it behind
     services.find_gcs_addresses.cache_clear()
     return started if started and started in services.find_gcs_addresses() else None
+
+
+@contextlib.contextmanager
+def _joining(address: str | None) -> Iterator[None]:
+    """Say in one sentence why a Ray cannot be joined, be it before the block or by what `ray.init` raises in it.
+
+    Args:
+        address: as of RAY_ADDRESS; None for what `ray start` runs on this machine.
+
+    Raises:
+        UsageError: if it is no address, nothing is at `auto`, a token is lacking or another one, or versions differ.
+        Interrupted: if nobody answers: what is started again may find a head that has been, too.
+    """
+    there = "on this machine" if address in (None, "auto") else f"at {address}"
+    if address is not None and "://" not in address:
+        _reach(address)
+    try:
+        yield
+    except (AuthenticationError, ConnectionError) as error:
+        if isinstance(error, AuthenticationError) or "InvalidAuthToken" in repr(error.__cause__):
+            raise UsageError(
+                f"the Ray {there} asks for a token, and this process has none or another one: set RAY_AUTH_MODE=token, "
+                "and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to that of the cluster."
+            ) from error
+        raise Interrupted(f"the Ray {there} does not answer ({error}).") from error
+    except RuntimeError as error:  # such as versions that differ
+        raise UsageError(f"the Ray {there} cannot be joined: {' '.join(str(error).split())}") from error
+
+
+def _reach(address: str) -> None:
+    try:
+        host, _, port = str(services.canonicalize_bootstrap_address(address)).rpartition(":")
+    except ValueError:
+        raise UsageError(f"RAY_ADDRESS={address} is no address of a Ray: give host:port, auto or local.") from None
+    except ConnectionError:
+        raise UsageError(
+            "RAY_ADDRESS=auto, and no Ray runs on this machine: `ray start` one, or unset it for one of this run's own."
+        ) from None
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
+    except OSError as error:
+        raise Interrupted(f"RAY_ADDRESS={address}: no Ray answers at {host}:{port} ({error}); is it up?") from error
 
 
 def _local_options(num_cpus: int | None) -> dict[str, Any]:

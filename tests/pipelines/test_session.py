@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -11,14 +12,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import ray
 from ray._private import services
+from ray.exceptions import AuthenticationError
 
-from tarsift.pipelines.session import ACTOR_OPTIONS, _local_options, known_address, session
+from tarsift.operators.errors import Interrupted, UsageError
+from tarsift.pipelines.session import ACTOR_OPTIONS, REACH_S, _local_options, known_address, session
 
 
 class Started(Exception):
@@ -53,6 +57,7 @@ def started(monkeypatch, tmp_path):
 def running(monkeypatch, *addresses: str) -> None:
     """Have these addresses be those of Ray processes of this machine."""
     monkeypatch.setattr(services, "_find_address_from_flag", lambda flag: set(addresses))
+    services.find_gcs_addresses.cache_clear()
 
 
 def test_what_ray_start_runs_is_joined_without_options_of_a_local_one(started, monkeypatch):
@@ -74,15 +79,74 @@ def test_an_address_that_a_dead_ray_left_behind_is_passed_over(started, monkeypa
     assert "_system_config" in given
 
 
-@pytest.mark.parametrize(
-    ("told", "address", "local"), [("10.0.0.1:6379", "10.0.0.1:6379", False), ("local",) * 2 + (True,)]
-)
-def test_ray_address_comes_first(started, monkeypatch, told, address, local):
+@pytest.fixture
+def somebody() -> Iterator[str]:
+    """An address at which connections are taken."""
+    with socket.create_server(("", 0)) as server:  # Ray takes 127.0.0.1 for an address of the machine
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_ray_address_comes_first(started, monkeypatch, somebody):
     running(monkeypatch, "192.0.2.1:6379")
-    monkeypatch.setenv("RAY_ADDRESS", told)
-    given = started()
-    assert given["address"] == address
-    assert ("_system_config" in given) == local
+    for told, local in ((somebody, False), ("local", True)):
+        monkeypatch.setenv("RAY_ADDRESS", told)
+        given = started()
+        assert given["address"] == told
+        assert ("_system_config" in given) == local
+
+
+def refusal(kind: type[Exception]) -> str:
+    with pytest.raises(kind) as told, session():
+        pass
+    return str(told.value)
+
+
+def test_a_ray_that_is_not_there_is_told_at_once(started, monkeypatch, tmp_path):
+    running(monkeypatch)
+    start, port = time.monotonic(), free_ports(1)[0]
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    assert re.search(rf"no Ray answers at \S+:{port}", refusal(Interrupted))  # its head may be on its way
+    monkeypatch.setenv("RAY_ADDRESS", "a-name")
+    assert "RAY_ADDRESS=a-name is no address" in refusal(UsageError)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    left_behind = tmp_path / "ray" / "ray_current_cluster"
+    left_behind.write_text(f"127.0.0.1:{port}\n")
+    assert re.search(rf"RAY_ADDRESS=auto: no Ray answers at \S+:{port}", refusal(Interrupted))
+    left_behind.unlink()
+    assert "no Ray runs on this machine" in refusal(UsageError)
+    assert time.monotonic() - start < REACH_S
+
+
+def test_what_ray_says_against_joining_is_one_sentence(started, monkeypatch, somebody):
+    monkeypatch.setenv("RAY_ADDRESS", somebody)
+
+    def refuse(error: Exception) -> None:
+        def init(**_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(ray, "init", init)
+
+    refuse(RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.1\n    Python: 3.9"))
+    told = refusal(UsageError)
+    assert f"the Ray at {somebody} cannot be joined: Version mismatch" in told
+    assert "\n" not in told
+    refuse(AuthenticationError("Token authentication is enabled but no authentication token was found."))
+    assert "asks for a token" in refusal(UsageError)
+    refuse(ConnectionError("Failed to connect"))
+    assert "does not answer (Failed to connect)" in refusal(Interrupted)
+
+
+@pytest.mark.slow
+def test_a_ray_that_refuses_the_token_says_so(ray_session):
+    if os.environ.get("RAY_AUTH_MODE") == "disabled":
+        pytest.skip("RAY_AUTH_MODE=disabled, so Ray asks for no token")
+    usual = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    environment = usual | {"RAY_ADDRESS": ray_session.get_runtime_context().gcs_address}
+    for stranger in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}):
+        command = [sys.executable, "-c", LOOK]
+        looked = subprocess.run(command, env=environment | stranger, capture_output=True, text=True, timeout=120)
+        assert looked.returncode != 0
+        assert "asks for a token, and this process has none or another one" in looked.stderr
 
 
 LOOK = (
